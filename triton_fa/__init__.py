@@ -1,0 +1,34 @@
+"""Attention for LLM inference in Triton, behind the functions of FlashAttention-3 and -4."""
+
+from triton_fa.api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from triton_fa.dispatch import BackendStatus, FallbackWarning, backends, strict
+from triton_fa.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    BackendUnavailableError,
+    LayoutError,
+    TritonFAError,
+    UnknownVersionError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "ArgumentValueError",
+    "BackendStatus",
+    "BackendUnavailableError",
+    "FallbackWarning",
+    "LayoutError",
+    "TritonFAError",
+    "UnknownVersionError",
+    "UnsupportedError",
+    "backends",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "strict",
+]

@@ -1,0 +1,517 @@
+"""The public functions. The only place where FlashAttention's signatures are written out.
+
+A call is looked up by everything the host can see of it: shapes, strides, dtypes, devices,
+alignment and every scalar. A miss validates, picks the backend and prepares the launch; a hit
+runs what was prepared. Validation holds for hits because all it looked at is in the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from triton_fa import dispatch, normalize
+from triton_fa.backends.base import Run
+from triton_fa.checks import one_spelling
+from triton_fa.errors import ArgumentTypeError, ArgumentValueError
+from triton_fa.normalize import Options
+from triton_fa.problem import AttnResult, Tensors
+
+Window = Sequence[int | None]
+Result = torch.Tensor | tuple[torch.Tensor, ...]
+
+_MAX_RECORDS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A prepared call: what to run, and how to shape what it returns."""
+
+    run: Run
+    shape_result: Callable[[AttnResult], Result]
+
+
+_RECORDS: dict[tuple[Any, ...], _Record] = {}
+
+
+def _signature(tensor: Any) -> Any:
+    """All that validation and code choice may depend on, of one tensor."""
+    if tensor is None:
+        return None
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.data_ptr() & 15 == 0,
+        tensor.requires_grad,
+    )
+
+
+def _call(ver: int | str | None, tensors: Tensors, options: Options) -> Result:
+    """Run a call from its launch record, making the record on a miss."""
+    key = None
+    try:
+        key = (
+            ver,
+            options,
+            dispatch.is_strict(),
+            torch.is_grad_enabled(),
+            *[_signature(t) for t in tensors],
+        )
+        record = _RECORDS.get(key)
+    except (AttributeError, TypeError):  # not tensors, or not hashable: normalize says which
+        record = None
+    if record is None:
+        problem = normalize.problem(tensors, options)
+        run, version = dispatch.prepare(ver, problem)
+        record = _Record(run, _result_shaper(version, options.return_lse))
+        if key is not None:
+            if len(_RECORDS) >= _MAX_RECORDS:
+                _RECORDS.clear()
+            _RECORDS[key] = record
+    return record.shape_result(record.run(tensors))
+
+
+def _result_shaper(ver: int | str, return_lse: bool) -> Callable[[AttnResult], Result]:
+    if not return_lse:
+        return lambda result: result.out
+    if ver == 3:
+        return _fa3_result
+    return lambda result: (result.out, result.lse)  # type: ignore[return-value]  # lse was asked for
+
+
+def _fa3_result(result: AttnResult) -> Result:
+    """FA3's (out, lse, out_accum, lse_accum); the accumulators are empty where we have none."""
+    assert result.lse is not None
+    extra = result.extra or (result.lse.new_empty(0), result.lse.new_empty(0))
+    return (result.out, result.lse, *extra)
+
+
+def _window(window_size: Window | None) -> Any:
+    """A hashable pair; None is unbounded on both sides, anything odd is left to normalize."""
+    if window_size is None:
+        return (-1, -1)
+    return tuple(window_size) if isinstance(window_size, list) else window_size
+
+
+def _features(**given: object) -> frozenset[str]:
+    """Names of the optional arguments that were really used."""
+    return frozenset([name for name, value in given.items() if value is not None])
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | int | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window | None = (-1, -1),
+    attention_chunk: int | None = None,
+    softcap: float | None = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    sinks: torch.Tensor | None = None,
+    score_mod: object = None,
+    aux_tensors: object = None,
+    ver: int | str | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    only_qv: bool = False,
+    mask_mod: object = None,
+    max_seqlen_k: int | None = None,
+    batch_invariant: bool = False,
+    block_table: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | int | None = None,
+    s_aux: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    return_attn_probs: bool = False,
+    return_lse: bool = False,
+) -> Result:
+    """Attention of new queries against a key/value cache, paged or dense.
+
+    Query row i of a sequence with sq queries and sk keys sits at key position i + sk - sq
+    (bottom-right alignment); causal and window masks count from there. Rows without a visible
+    key give 0, and lse -inf (with a sink: lse = sink).
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with
+            cu_seqlens_q. float16, bfloat16 or float32.
+        k_cache: (batch, seqlen_k, heads_kv, head_dim), or (num_pages, page_size, heads_kv,
+            head_dim) with page_table. Same dtype as q; any strides but a last one of 1.
+        v_cache: As k_cache, with head_dim_v.
+        k: New keys to append. Refused today.
+        v: New values to append. Refused today.
+        qv: Second query part scored against v (MLA). Refused today.
+        rotary_cos: Refused today.
+        rotary_sin: Refused today.
+        cache_seqlens: (batch,) int32, or one int for all: keys in use. None: all of the cache.
+        cache_batch_idx: Refused today.
+        cache_leftpad: Refused today.
+        page_table: (batch, max_pages) int32. Entries past a sequence's last page are never used.
+        cu_seqlens_q: (batch + 1,) int32 prefix sums of query lengths.
+        cu_seqlens_k_new: Lengths of appended keys; read only together with k.
+        max_seqlen_q: Upper bound of query lengths; required with cu_seqlens_q.
+        rotary_seqlens: Refused today.
+        q_descale: float8 scale. Refused today.
+        k_descale: float8 scale. Refused today.
+        v_descale: float8 scale. Refused today.
+        softmax_scale: Multiplies q·k. Default head_dim ** -0.5.
+        causal: Row i sees keys up to its own position.
+        window_size: (left, right) keys visible on each side of a row's position, inclusive;
+            negative or None is unbounded.
+        attention_chunk: Refused today unless None or 0.
+        softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
+        rotary_interleaved: Read only together with rotary_cos.
+        scheduler_metadata: What `get_scheduler_metadata` returned for these lengths.
+        num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
+            by ver="triton" today.
+        pack_gqa: A hint, ignored by ver="triton", which always packs.
+        sm_margin: Multiprocessors to leave idle.
+        return_softmax_lse: Also return the log-sum-exp.
+        sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
+        score_mod: Refused today.
+        aux_tensors: Refused today.
+        ver: "triton", "torch", 3, 4, or None for the default.
+        out: Buffer of the result's shape and dtype to write to.
+        only_qv: Refused today.
+        mask_mod: Refused today.
+        max_seqlen_k: A hint; the bound is taken from page_table or k_cache.
+        batch_invariant: Refused today.
+        block_table: Other spelling of page_table.
+        seqused_k: Other spelling of cache_seqlens.
+        s_aux: Other spelling of sinks.
+        learnable_sink: Other spelling of sinks.
+        leftpad_k: Other spelling of cache_leftpad.
+        return_attn_probs: Other spelling of return_softmax_lse.
+        return_lse: Other spelling of return_softmax_lse.
+
+    Returns:
+        out, (…, heads_q, head_dim_v) in q's dtype; with return_softmax_lse (out, lse), where lse
+        is float32 natural log, (heads_q, total_q) packed or (batch, heads_q, seqlen_q) dense.
+        ver=3 returns FA3's (out, lse, out_accum, lse_accum).
+
+    Raises:
+        ArgumentError, ArgumentTypeError, ArgumentValueError, LayoutError: bad input.
+        UnknownVersionError, UnsupportedError, BackendUnavailableError: see `strict`.
+    """
+    lengths: Any = cache_seqlens
+    if seqused_k is not None:
+        lengths = one_spelling(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
+    fixed = lengths if isinstance(lengths, int) else None
+    tensors = Tensors(
+        q,
+        k_cache,
+        v_cache,
+        out,
+        _table(page_table, block_table),
+        cu_seqlens_q,
+        None,
+        None,
+        None if fixed is not None else lengths,
+        _sinks(sinks, s_aux, learnable_sink),
+        scheduler_metadata,
+    )
+    features = _features(
+        k=k,
+        v=v,
+        qv=qv,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_seqlens=rotary_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=one_spelling(cache_leftpad=cache_leftpad, leftpad_k=leftpad_k),
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        attention_chunk=attention_chunk or None,
+        score_mod=score_mod,
+        aux_tensors=aux_tensors,
+        mask_mod=mask_mod,
+        only_qv=only_qv or None,
+        batch_invariant=batch_invariant or None,
+    )
+    options = Options(
+        "kvcache",
+        softmax_scale,
+        causal,
+        _window(window_size),
+        softcap,
+        num_splits,
+        sm_margin,
+        max_seqlen_q,
+        None,
+        fixed,
+        features,
+        return_softmax_lse or return_attn_probs or return_lse,
+    )
+    return _call(ver, tensors, options)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: Window | None = (-1, -1),
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    sinks: torch.Tensor | None = None,
+    score_mod: object = None,
+    aux_tensors: object = None,
+    ver: int | str | None = None,
+    out: torch.Tensor | None = None,
+    *,
+    scheduler_metadata: torch.Tensor | None = None,
+    only_qv: bool = False,
+    mask_mod: object = None,
+    batch_invariant: bool = False,
+    block_table: torch.Tensor | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    learnable_sink: torch.Tensor | None = None,
+    return_attn_probs: bool = False,
+    return_lse: bool = False,
+) -> Result:
+    """Attention over sequences of different lengths, packed one after the other.
+
+    Masks, alignment and empty rows as in `flash_attn_with_kvcache`.
+
+    Args:
+        q: (total_q, heads_q, head_dim); with cu_seqlens_q=None (batch, seqlen_q, heads_q,
+            head_dim). float16, bfloat16 or float32.
+        k: (total_k, heads_kv, head_dim) with cu_seqlens_k, (num_pages, page_size, heads_kv,
+            head_dim) with page_table, else (batch, seqlen_k, heads_kv, head_dim).
+        v: As k, with head_dim_v.
+        cu_seqlens_q: (batch + 1,) int32 prefix sums of query lengths, or None.
+        cu_seqlens_k: (batch + 1,) int32 prefix sums of key lengths, or None.
+        max_seqlen_q: Upper bound of query lengths; required with cu_seqlens_q, else taken from q.
+        max_seqlen_k: Upper bound of key lengths; required with cu_seqlens_k, else taken from k.
+        seqused_q: (batch,) int32: only the first so many queries of each sequence count; rows
+            beyond are not written.
+        seqused_k: (batch,) int32: only the first so many keys of each sequence count.
+        page_table: (batch, max_pages) int32; needs seqused_k.
+        softmax_scale: Multiplies q·k. Default head_dim ** -0.5.
+        causal: Row i sees keys up to its own position.
+        qv: Second query part scored against v (MLA). Refused today.
+        q_descale: float8 scale. Refused today.
+        k_descale: float8 scale. Refused today.
+        v_descale: float8 scale. Refused today.
+        window_size: (left, right) keys visible on each side of a row's position, inclusive;
+            negative or None is unbounded.
+        attention_chunk: Refused today unless None or 0.
+        softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
+        num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
+            by ver="triton" today.
+        pack_gqa: A hint, ignored by ver="triton", which always packs.
+        sm_margin: Multiprocessors to leave idle.
+        return_softmax_lse: Also return the log-sum-exp.
+        sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
+        score_mod: Refused today.
+        aux_tensors: Refused today.
+        ver: "triton", "torch", 3, 4, or None for the default.
+        out: Buffer of the result's shape and dtype to write to.
+        scheduler_metadata: What `get_scheduler_metadata` returned for these lengths.
+        only_qv: Refused today.
+        mask_mod: Refused today.
+        batch_invariant: Refused today.
+        block_table: Other spelling of page_table.
+        cache_seqlens: Other spelling of seqused_k.
+        s_aux: Other spelling of sinks.
+        learnable_sink: Other spelling of sinks.
+        return_attn_probs: Other spelling of return_softmax_lse.
+        return_lse: Other spelling of return_softmax_lse.
+
+    Returns:
+        As `flash_attn_with_kvcache`.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, ArgumentValueError, LayoutError: bad input.
+        UnknownVersionError, UnsupportedError, BackendUnavailableError: see `strict`.
+    """
+    lengths: Any = seqused_k
+    if cache_seqlens is not None:
+        lengths = one_spelling(seqused_k=seqused_k, cache_seqlens=cache_seqlens)
+    tensors = Tensors(
+        q,
+        k,
+        v,
+        out,
+        _table(page_table, block_table),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        lengths,
+        _sinks(sinks, s_aux, learnable_sink),
+        scheduler_metadata,
+    )
+    features = _features(
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        attention_chunk=attention_chunk or None,
+        score_mod=score_mod,
+        aux_tensors=aux_tensors,
+        mask_mod=mask_mod,
+        only_qv=only_qv or None,
+        batch_invariant=batch_invariant or None,
+    )
+    options = Options(
+        "varlen",
+        softmax_scale,
+        causal,
+        _window(window_size),
+        softcap,
+        num_splits,
+        sm_margin,
+        max_seqlen_q,
+        max_seqlen_k,
+        None,
+        features,
+        return_softmax_lse or return_attn_probs or return_lse,
+    )
+    return _call(ver, tensors, options)
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: Window | None = (-1, -1),
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    sinks: torch.Tensor | None = None,
+    ver: int | str | None = None,
+    out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+    learnable_sink: torch.Tensor | None = None,
+    return_softmax_lse: bool = False,
+    return_lse: bool = False,
+) -> Result:
+    """Attention over a dense batch. Masks, alignment and empty rows as `flash_attn_with_kvcache`.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim) in float16, bfloat16 or float32.
+        k: (batch, seqlen_k, heads_kv, head_dim).
+        v: (batch, seqlen_k, heads_kv, head_dim_v).
+        softmax_scale: Multiplies q·k. Default head_dim ** -0.5.
+        causal: Row i sees keys up to its own position.
+        qv: Second query part scored against v (MLA). Refused today.
+        q_descale: float8 scale. Refused today.
+        k_descale: float8 scale. Refused today.
+        v_descale: float8 scale. Refused today.
+        window_size: (left, right) keys visible on each side of a row's position, inclusive;
+            negative or None is unbounded.
+        attention_chunk: Refused today unless None or 0.
+        softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
+        num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
+            by ver="triton" today.
+        pack_gqa: A hint, ignored by ver="triton", which always packs.
+        deterministic: Every backend's forward pass is; accepted for either value.
+        sm_margin: Multiprocessors to leave idle.
+        return_attn_probs: Also return the log-sum-exp.
+        sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
+        ver: "triton", "torch", 3, 4, or None for the default.
+        out: Buffer of the result's shape and dtype to write to.
+        batch_invariant: Refused today.
+        learnable_sink: Other spelling of sinks.
+        return_softmax_lse: Other spelling of return_attn_probs.
+        return_lse: Other spelling of return_attn_probs.
+
+    Returns:
+        As `flash_attn_with_kvcache`; lse is (batch, heads_q, seqlen_q).
+
+    Raises:
+        ArgumentError, ArgumentTypeError, ArgumentValueError, LayoutError: bad input.
+        UnknownVersionError, UnsupportedError, BackendUnavailableError: see `strict`.
+    """
+    sink_logits = _sinks(sinks, None, learnable_sink)
+    tensors = Tensors(q, k, v, out, None, None, None, None, None, sink_logits, None)
+    features = _features(
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        attention_chunk=attention_chunk or None,
+        batch_invariant=batch_invariant or None,
+    )
+    options = Options(
+        "dense",
+        softmax_scale,
+        causal,
+        _window(window_size),
+        softcap,
+        num_splits,
+        sm_margin,
+        None,
+        None,
+        None,
+        features,
+        return_attn_probs or return_softmax_lse or return_lse,
+    )
+    return _call(ver, tensors, options)
+
+
+def _table(page_table: Any, block_table: Any) -> Any:
+    if block_table is None:
+        return page_table
+    return one_spelling(page_table=page_table, block_table=block_table)
+
+
+def _sinks(sinks: Any, s_aux: Any, learnable_sink: Any) -> Any:
+    if s_aux is None and learnable_sink is None:
+        return sinks
+    return one_spelling(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)

@@ -1,0 +1,1 @@
+"""Ways of computing attention. Each module exports `BACKEND`."""

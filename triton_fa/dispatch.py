@@ -1,0 +1,183 @@
+"""From `ver` to a backend: what is available, the explicit fallback, and `strict()`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from triton_fa import device as device_facts
+from triton_fa.backends.base import Backend, Run
+from triton_fa.env import settings
+from triton_fa.errors import BackendUnavailableError, UnknownVersionError, UnsupportedError
+from triton_fa.problem import Problem, Tensors
+from triton_fa.spec import AttnSpec
+
+Version = int | str
+
+_ADAPTERS: dict[Version, str] = {"triton": "triton", "torch": "torch", 3: "fa3", 4: "fa4"}
+_STRICT: ContextVar[bool] = ContextVar("triton_fa_strict", default=False)
+_logger = logging.getLogger("triton_fa")
+
+
+class FallbackWarning(UserWarning):
+    """A call for the FA3 or FA4 binary ran on Triton; the message names every reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """Whether one backend can be used; `reason` is set if and only if it cannot."""
+
+    ver: Version
+    available: bool
+    reason: str | None
+    detail: str
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Within this context a call that `ver` cannot serve raises instead of falling back."""
+    token = _STRICT.set(True)
+    try:
+        yield
+    finally:
+        _STRICT.reset(token)
+
+
+def is_strict() -> bool:
+    """Whether falling back is off, by `strict()` or by the environment."""
+    return _STRICT.get() or not settings().fallback
+
+
+def resolve(ver: Version | None, device: torch.device) -> Version:
+    """The version a call runs as, before any fallback.
+
+    Raises:
+        UnknownVersionError: `ver` is none of None, "triton", "torch", 3, 4.
+    """
+    if ver is not None and (isinstance(ver, bool) or ver not in _ADAPTERS):
+        raise UnknownVersionError(
+            f"ver: unknown flash attention version, expected None, 'triton', 'torch', 3 or 4, "
+            f"got {ver!r}"
+        )
+    if settings().force_triton:
+        return "triton"
+    if ver is None:
+        ver = settings().ver
+    if ver is None:
+        ver = "triton" if device_facts.runs_triton(device) else "torch"
+    return ver
+
+
+@functools.cache
+def _load(ver: Version) -> Backend | str:
+    """The backend, or the text of the error that importing our adapter for it gave."""
+    try:
+        module: Any = importlib.import_module(f"triton_fa.backends.{_ADAPTERS[ver]}")
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return cast(Backend, module.BACKEND)
+
+
+@functools.lru_cache(maxsize=4096)
+def refusals(ver: Version, spec: AttnSpec) -> tuple[str | None, tuple[str, ...]]:
+    """(why the backend cannot be used at all, or None; what of `spec` it does not support)."""
+    backend = _load(ver)
+    if isinstance(backend, str):
+        return backend, ()
+    missing = backend.unavailable(spec.device)
+    return missing, () if missing else tuple(backend.unsupported(spec))
+
+
+def prepare(ver: Version | None, problem: Problem) -> tuple[Run, Version]:
+    """The code that runs `problem`, and the version it honours.
+
+    A call for 3 or 4 that cannot be served there is prepared on Triton, with one warning for
+    each (ver, reasons); under `strict()` it raises.
+
+    Raises:
+        UnsupportedError, BackendUnavailableError: nothing may run this call.
+    """
+    version = resolve(ver, problem.spec.device)
+    unavailable, reasons = refusals(version, problem.spec)
+    chosen = version
+    if unavailable or reasons:
+        if version in ("triton", "torch") or is_strict():
+            _refuse(version, unavailable, reasons)
+        fallback_unavailable, fallback_reasons = refusals("triton", problem.spec)
+        if fallback_unavailable or fallback_reasons:
+            why = fallback_unavailable or "; ".join(fallback_reasons)
+            _refuse(version, unavailable, (*reasons, f"nor does ver='triton': {why}"))
+        _warn_once(version, unavailable or "; ".join(reasons))
+        chosen = "triton"
+        if version in (3, 4) and problem.tensors.scheduler_metadata is not None:
+            problem = _without_metadata(problem)
+    backend = cast(Backend, _load(chosen))
+    run = _with_contiguous_inputs(backend, problem)
+    if settings().validate:
+        validate = importlib.import_module("triton_fa.validate")
+        run = validate.checked(run, problem)
+    _logger.debug("ver=%r runs on %r for %s", ver, chosen, problem.spec)
+    return run, version
+
+
+def _refuse(version: Version, unavailable: str | None, reasons: tuple[str, ...]) -> None:
+    if unavailable and not reasons:
+        raise BackendUnavailableError(version, unavailable)
+    raise UnsupportedError(version, reasons if not unavailable else (unavailable, *reasons))
+
+
+@functools.cache
+def _warn_once(version: Version, reason: str) -> None:
+    message = f"ver={version!r} cannot serve this call, running on Triton instead: {reason}"
+    _logger.warning(message)
+    warnings.warn(message, FallbackWarning, stacklevel=5)
+
+
+def _without_metadata(problem: Problem) -> Problem:
+    """FA3's own schedule means nothing to Triton: dropped for this call and every later one."""
+    spec = replace(problem.spec, features=problem.spec.features - {"scheduler_metadata"})
+    return replace(problem, spec=spec, tensors=problem.tensors._replace(scheduler_metadata=None))
+
+
+def _with_contiguous_inputs(backend: Backend, problem: Problem) -> Run:
+    """Prepare `problem`; inputs whose last dimension is strided are copied on each call."""
+    tensors = problem.tensors
+    strided = [n for n in ("q", "k", "v") if _is_strided(getattr(tensors, n))]
+    if not strided:
+        return backend.prepare(problem)
+
+    def contiguous(given: Tensors) -> Tensors:
+        return given._replace(**{n: getattr(given, n).contiguous() for n in strided})
+
+    inner = backend.prepare(replace(problem, tensors=contiguous(tensors)))
+    return lambda given: inner(contiguous(given))
+
+
+def _is_strided(tensor: torch.Tensor) -> bool:
+    return tensor.shape[-1] > 1 and tensor.stride(-1) != 1
+
+
+def backends(device: torch.device | str | None = None) -> dict[Version, BackendStatus]:
+    """What can be used on `device` (default: the current CUDA device, else the CPU), and why not.
+
+    Importing the binaries is tried here; the first call may take seconds.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    found: dict[Version, BackendStatus] = {}
+    for ver in _ADAPTERS:
+        backend = _load(ver)
+        reason = backend if isinstance(backend, str) else backend.unavailable(where)
+        detail = "" if reason or isinstance(backend, str) else backend.detail()
+        found[ver] = BackendStatus(ver, reason is None, reason, detail)
+    return found

@@ -1,0 +1,116 @@
+"""Every environment variable: name, default, meaning. Read once, on first use; a bad value raises.
+
+None of them changes numerics.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+from triton_fa.errors import ArgumentValueError
+
+FA3_PROVIDERS = ("sgl", "hub", "upstream")
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One environment variable, as the README's table shows it."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        "TRITON_FA_VER",
+        "",
+        "backend for calls with `ver=None`: `triton`, `torch`, `3` or `4`; empty: `triton` on a "
+        "device Triton runs on, `torch` elsewhere",
+    ),
+    Variable("TRITON_FA_FORCE", "", "`triton`: every call runs there, whatever `ver` says"),
+    Variable(
+        "TRITON_FA_FALLBACK",
+        "1",
+        "`0`: a call that `ver=3` or `ver=4` cannot serve raises instead of running on Triton",
+    ),
+    Variable(
+        "TRITON_FA_FA3_PROVIDER",
+        "sgl,hub,upstream",
+        "where `ver=3` comes from: the first of these that loads (`sgl_kernel`, the `kernels` "
+        "hub package, `flash_attn_interface`)",
+    ),
+    Variable(
+        "TRITON_FA_VALIDATE",
+        "0",
+        "`1`: check lengths, page ids and prefix sums on the host before each call (synchronises)",
+    ),
+    Variable(
+        "TRITON_FA_DIRECT_LAUNCH",
+        "1",
+        "`0`: launch through Triton's own dispatcher instead of the compiled kernel's launcher",
+    ),
+    Variable(
+        "TRITON_FA_CACHE_DIR",
+        "",
+        "directory for `kernels.lock`; empty: the platform's user cache directory",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The parsed values of `VARIABLES`."""
+
+    ver: int | str | None
+    force_triton: bool
+    fallback: bool
+    fa3_providers: tuple[str, ...]
+    validate: bool
+    direct_launch: bool
+    cache_dir: str
+
+
+def _flag(name: str, default: str) -> bool:
+    value = os.environ.get(name, default)
+    if value not in ("0", "1"):
+        raise ArgumentValueError(f"{name}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+@functools.cache
+def settings() -> Settings:
+    """The settings of this process. `settings.cache_clear()` makes the next call read them anew."""
+    ver_text = os.environ.get("TRITON_FA_VER", "")
+    versions: dict[str, int | str | None] = {"": None, "triton": "triton", "torch": "torch"}
+    versions |= {"3": 3, "4": 4}
+    if ver_text not in versions:
+        raise ArgumentValueError(
+            f"TRITON_FA_VER: expected triton, torch, 3, 4 or nothing, got {ver_text!r}"
+        )
+    force = os.environ.get("TRITON_FA_FORCE", "")
+    if force not in ("", "triton"):
+        raise ArgumentValueError(f"TRITON_FA_FORCE: expected triton or nothing, got {force!r}")
+    provider_text = os.environ.get("TRITON_FA_FA3_PROVIDER", ",".join(FA3_PROVIDERS))
+    providers = tuple(p.strip() for p in provider_text.split(",") if p.strip())
+    if not providers or not set(providers) <= set(FA3_PROVIDERS):
+        raise ArgumentValueError(
+            f"TRITON_FA_FA3_PROVIDER: expected a comma-separated choice of {FA3_PROVIDERS}, "
+            f"got {provider_text!r}"
+        )
+    return Settings(
+        ver=versions[ver_text],
+        force_triton=force == "triton",
+        fallback=_flag("TRITON_FA_FALLBACK", "1"),
+        fa3_providers=providers,
+        validate=_flag("TRITON_FA_VALIDATE", "0"),
+        direct_launch=_flag("TRITON_FA_DIRECT_LAUNCH", "1"),
+        cache_dir=os.environ.get("TRITON_FA_CACHE_DIR", ""),
+    )
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs its kernels in the interpreter (`TRITON_INTERPRET`, Triton's own)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

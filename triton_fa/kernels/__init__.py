@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: one kernel for each pattern of data movement."""

@@ -1,0 +1,166 @@
+"""Merges the partial results that `decode.py` left of sequences cut across programs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from triton_fa.kernels.compat import grid_dependency_wait
+from triton_fa.kernels.line import (
+    decode_work,
+    locate,
+    program_range,
+    range_of,
+    total_and_tiles,
+)
+from triton_fa.kernels.primitives import LOG2E, NO_SCORE, finish
+
+
+@triton.jit
+def combine_kernel(
+    out_ptr,
+    lse_ptr,
+    part_ptr,  # as decode_kernel wrote it
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    sinks_ptr,
+    out_stride_b,
+    out_stride_t,
+    out_stride_h,
+    lse_stride_b,
+    lse_stride_t,
+    lse_stride_h,
+    batch,
+    total_q,
+    total_k,
+    fixed_seqlen_q,
+    fixed_seqlen_k,
+    max_seqlen_k,
+    window_left,
+    window_right,
+    PROGRAMS: tl.constexpr,
+    NUM_HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way.
+
+    m = max_p m_p; l = sum_p 2^(m_p - m) l_p; out = sum_p 2^(m_p - m) acc_p / l, in order of p.
+    Everything but the partials is loaded before the attention kernel has ended.
+    """
+    HAS_SINK: tl.constexpr = sinks_ptr is not None
+    lengths = (
+        cu_seqlens_q_ptr,
+        seqused_q_ptr,
+        total_q,
+        fixed_seqlen_q,
+        cu_seqlens_k_ptr,
+        seqused_k_ptr,
+        total_k,
+        fixed_seqlen_k,
+        max_seqlen_k,
+    )
+    windows = (window_left, window_right)
+    part_stat_ptr = part_ptr + 2 * PROGRAMS * ROWS * V
+    pid = tl.program_id(0)
+    total_tiles, tiles = total_and_tiles(batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B)
+    head, index, first, share, extra = program_range(pid, total_tiles, NUM_HEADS_KV, PROGRAMS)
+    final = first + share + (index < extra).to(tl.int32) - 1
+    if PROGRAMS % NUM_HEADS_KV == 0:
+        line_start = 0
+        slot_start = head * (PROGRAMS // NUM_HEADS_KV)
+    else:
+        head = final // total_tiles
+        line_start = head * total_tiles
+        slot_start = 0
+    seq_idx, before = locate(
+        tl.maximum(final - line_start, 0),
+        tiles,
+        batch,
+        lengths,
+        windows,
+        GROUP,
+        MAX_ROWS,
+        BLOCK_N,
+        BLOCK_B,
+        ONE_BLOCK,
+    )
+    first_q, seqlen_q, _, _, _, _, num_tiles = decode_work(
+        seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+    )
+    owner = range_of(line_start + before, share, extra)
+    pieces = range_of(line_start + before + num_tiles - 1, share, extra) - owner + 1
+    if (owner == index) & (pieces > 1) & (final >= first):
+        rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        dims = tl.arange(0, BLOCK_V)
+        piece = tl.arange(0, BLOCK_P)
+        row_max = tl.full([BLOCK_R], NO_SCORE, tl.float32)
+        row_sum = tl.zeros([BLOCK_R], tl.float32)
+        acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
+        q_head = head * GROUP + rows % GROUP
+        row_mask = rows < seqlen_q * GROUP
+        if HAS_SINK:
+            sink = tl.load(sinks_ptr + q_head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
+        if PDL:
+            grid_dependency_wait()
+        for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
+            nth = start + piece
+            live = nth < pieces
+            # The first piece began with the sequence: it is what its program left half-way.
+            slot = 2 * (slot_start + owner + nth) + (nth == 0).to(tl.int32)
+            part_row = slot[:, None] * ROWS + rows[None, :]
+            stat = part_stat_ptr + part_row * 2
+            part_max = tl.load(stat, mask=live[:, None], other=NO_SCORE, cache_modifier=".cg")
+            part_sum = tl.load(stat + 1, mask=live[:, None], other=0.0, cache_modifier=".cg")
+            part = tl.load(
+                part_ptr + part_row[:, :, None].to(tl.int64) * V + dims[None, None, :],
+                mask=live[:, None, None] & (dims < V)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_max = tl.maximum(row_max, tl.max(part_max, 0))
+            weight = tl.exp2(part_max - new_max[None, :])
+            alpha = tl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + tl.sum(part_sum * weight, 0)
+            acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
+            row_max = new_max
+        if HAS_SINK:
+            factor, lse = finish(row_max, row_sum, sink, True)
+        else:
+            factor, lse = finish(row_max, row_sum, 0.0, False)
+        token = first_q + rows // GROUP
+        out_row = (
+            seq_idx.to(tl.int64) * out_stride_b
+            + token.to(tl.int64) * out_stride_t
+            + q_head.to(tl.int64) * out_stride_h
+        )
+        tl.store(
+            out_ptr + out_row[:, None] + dims[None, :],
+            tl.where((row_sum > 0)[:, None], acc * factor[:, None], 0.0).to(
+                out_ptr.dtype.element_ty
+            ),
+            mask=row_mask[:, None] & (dims < HEAD_DIM_V)[None, :],
+        )
+        if HAS_LSE:
+            lse_row = (
+                seq_idx.to(tl.int64) * lse_stride_b
+                + token.to(tl.int64) * lse_stride_t
+                + q_head.to(tl.int64) * lse_stride_h
+            )
+            tl.store(lse_ptr + lse_row, lse, mask=row_mask)
+    elif PDL and pid == 0:
+        # The grid must not end before the attention kernel: what follows waits for it alone.
+        grid_dependency_wait()

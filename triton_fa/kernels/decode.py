@@ -1,0 +1,364 @@
+"""Attention of few query rows against long key sequences, on a balanced schedule.
+
+The key tiles of all sequences form one line (each sequence has at least one tile). A fixed number
+of persistent programs take equal contiguous ranges of it, for one kv head or, where the heads
+don't divide the programs, of the line repeated for every head. So a program leaves at most two
+partial results: of the sequence it enters half-way (slot 2v) and of the one it leaves half-way
+(slot 2v + 1); a sequence inside one range is written to the output directly. Pieces of one
+sequence belong to consecutive v, which is what `combine.py` merges, in that order.
+
+Grid and workspace depend on shapes only; the ranges are found on the device from the lengths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from triton_fa.kernels.compat import grid_dependency_release
+from triton_fa.kernels.line import decode_work, locate, program_range, total_and_tiles
+from triton_fa.kernels.primitives import (
+    LOG2E,
+    NEG_INF,
+    NO_SCORE,
+    dot,
+    finish,
+    page_ids,
+    softcapped,
+)
+
+
+@triton.jit
+def load_panel(base_ptr, offsets, dims, dim_size, MASKED: tl.constexpr):
+    """Rows `offsets` of a [rows, dim] tensor, dims beyond `dim_size` as zeros."""
+    if MASKED:
+        return tl.load(
+            base_ptr + offsets[:, None] + dims[None, :], mask=(dims < dim_size)[None, :], other=0.0
+        )
+    else:
+        return tl.load(base_ptr + offsets[:, None] + dims[None, :])
+
+
+@triton.jit
+def decode_kernel(
+    out_ptr,  # q's shape with head_dim_v
+    lse_ptr,  # [heads_q, total_q] or [batch, heads_q, seqlen_q], float32
+    part_ptr,  # float32: [2 * programs, ROWS, V0 + V1] accumulators, then [2 * programs, ROWS, 2]
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    sinks_ptr,
+    out_stride_b,
+    out_stride_t,
+    out_stride_h,
+    lse_stride_b,
+    lse_stride_t,
+    lse_stride_h,
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    v_stride_b,
+    v_stride_t,
+    v_stride_h,
+    table_stride,
+    batch,
+    total_q,
+    total_k,
+    fixed_seqlen_q,
+    fixed_seqlen_k,
+    max_seqlen_k,
+    num_pages,
+    window_left,
+    window_right,
+    scale_log2,
+    softcap_log2,
+    PROGRAMS: tl.constexpr,
+    NUM_HEADS_KV: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
+    SAME_STRIDES: tl.constexpr,
+    LAZY_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    NEGATE: tl.constexpr,
+    IEEE: tl.constexpr,
+    PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """out = softmax(scale * q k^T + mask) v over the program's range of key tiles."""
+    HAS_SINK: tl.constexpr = sinks_ptr is not None
+    HAS_LEFT: tl.constexpr = window_left is not None
+    HAS_RIGHT: tl.constexpr = window_right is not None
+    PAGED: tl.constexpr = page_table_ptr is not None
+    # A tile lies inside one page: one page number a tile. Windows start tiles anywhere.
+    WHOLE_TILES: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0 and not HAS_LEFT
+    lengths = (
+        cu_seqlens_q_ptr,
+        seqused_q_ptr,
+        total_q,
+        fixed_seqlen_q,
+        cu_seqlens_k_ptr,
+        seqused_k_ptr,
+        total_k,
+        fixed_seqlen_k,
+        max_seqlen_k,
+    )
+    windows = (window_left, window_right)
+    # Row maximum (base 2) and row sum of every partial result.
+    part_stat_ptr = part_ptr + 2 * PROGRAMS * ROWS * (V0 + V1)
+    pid = tl.program_id(0)
+    total_tiles, tiles = total_and_tiles(batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B)
+    head, index, position, share, extra = program_range(pid, total_tiles, NUM_HEADS_KV, PROGRAMS)
+    count = share + (index < extra).to(tl.int32)
+    if PROGRAMS % NUM_HEADS_KV == 0:
+        slot = 2 * (head * (PROGRAMS // NUM_HEADS_KV) + index)
+    else:
+        slot = 2 * index
+        head = position // total_tiles
+        position = position - head * total_tiles
+    if PDL:
+        grid_dependency_release()
+    if count > 0:
+        seq_idx, before = locate(
+            position, tiles, batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+        )
+        first_q, seqlen_q, first_k, begin, end, offset, num_tiles = decode_work(
+            seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+        )
+        after = tl.where(seq_idx + 1 < batch, seq_idx + 1, 0)
+        first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
+            after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+        )
+        rows = tl.arange(0, BLOCK_M)
+        token = rows // GROUP
+        cols = tl.arange(0, BLOCK_N)
+        dims0 = tl.arange(0, D0)
+        vdims0 = tl.arange(0, V0)
+        if D1 > 0:
+            dims1 = D0 + tl.arange(0, D1)
+        if V1 > 0:
+            vdims1 = V0 + tl.arange(0, V1)
+        q_rows = token.to(tl.int64) * q_stride_t + (rows % GROUP) * q_stride_h
+
+        tile = position - before
+        if PAGED:
+            if WHOLE_TILES:
+                ahead = tl.minimum(begin + tile * BLOCK_N, tl.maximum(end - 1, 0))
+            else:
+                ahead = tl.minimum(begin + tile * BLOCK_N + cols, tl.maximum(end - 1, 0))
+            page = page_ids(
+                page_table_ptr,
+                seq_idx.to(tl.int64) * table_stride,
+                ahead,
+                num_pages,
+                (ahead * 0) < end,
+                PAGE_SIZE,
+            )
+        else:
+            page = seq_idx * 1
+        # Whether the tiles since the last result began with the sequence's first.
+        whole = (tile == 0).to(tl.int32)
+        row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+        if V1 > 0:
+            acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+        for step in tl.range(0, count):
+            # Where the next tile is, and its page numbers: one iteration ahead of its K and V.
+            last = tile + 1 >= num_tiles
+            wrap = last & (seq_idx + 1 >= batch)
+            seq_idx_ = tl.where(last, tl.where(wrap, 0, seq_idx + 1), seq_idx)
+            head_ = head + wrap.to(tl.int32)
+            tile_ = tl.where(last, 0, tile + 1)
+            first_q_ = tl.where(last, first_q1, first_q)
+            seqlen_q_ = tl.where(last, seqlen_q1, seqlen_q)
+            first_k_ = tl.where(last, first_k1, first_k)
+            begin_ = tl.where(last, begin1, begin)
+            end_ = tl.where(last, end1, end)
+            offset_ = tl.where(last, offset1, offset)
+            num_tiles_ = tl.where(last, num_tiles1, num_tiles)
+            after = tl.where(seq_idx_ + 1 < batch, seq_idx_ + 1, 0)
+            first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
+                after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            )
+            if PAGED:
+                if WHOLE_TILES:
+                    ahead = tl.minimum(begin_ + tile_ * BLOCK_N, tl.maximum(end_ - 1, 0))
+                else:
+                    ahead = tl.minimum(begin_ + tile_ * BLOCK_N + cols, tl.maximum(end_ - 1, 0))
+                page_ = page_ids(
+                    page_table_ptr,
+                    seq_idx_.to(tl.int64) * table_stride,
+                    ahead,
+                    num_pages,
+                    (ahead * 0) < end_,
+                    PAGE_SIZE,
+                )
+            else:
+                page_ = seq_idx_ * 1
+
+            # This tile. Tokens are clamped into the visible range, not masked: unused slots may
+            # hold NaN and are never read (but for a sequence without keys, whose sum stays 0).
+            q_base = (
+                q_ptr
+                + seq_idx.to(tl.int64) * q_stride_b
+                + first_q.to(tl.int64) * q_stride_t
+                + (head * GROUP).to(tl.int64) * q_stride_h
+            )
+            row_mask = rows < seqlen_q * GROUP
+            tokens = begin + tile * BLOCK_N + cols
+            inside = tl.maximum(tl.minimum(tokens, end - 1), 0)
+            if PAGED:
+                slot_in_page = (inside % PAGE_SIZE).to(tl.int64)
+                k_rows = page.to(tl.int64) * k_stride_b + slot_in_page * k_stride_t
+            else:
+                # The clamp is for an empty sequence at the end of packed keys.
+                slot_in_page = tl.minimum(inside + first_k, total_k - 1).to(tl.int64)
+                k_rows = page.to(tl.int64) * k_stride_b + slot_in_page * k_stride_t
+            k_rows += head.to(tl.int64) * k_stride_h
+            if SAME_STRIDES:
+                v_rows = k_rows
+            else:
+                v_rows = (
+                    page.to(tl.int64) * v_stride_b
+                    + slot_in_page * v_stride_t
+                    + head.to(tl.int64) * v_stride_h
+                )
+            q0 = tl.load(
+                q_base + q_rows[:, None] + dims0[None, :],
+                mask=row_mask[:, None] & (dims0 < HEAD_DIM)[None, :],
+                other=0.0,
+            )
+            if NEGATE:
+                q0 = -q0
+            k0 = load_panel(k_ptr, k_rows, dims0, HEAD_DIM, D1 == 0 and D0 != HEAD_DIM)
+            raw = dot(q0, k0.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
+            if D1 > 0:
+                q1 = tl.load(
+                    q_base + q_rows[:, None] + dims1[None, :],
+                    mask=row_mask[:, None] & (dims1 < HEAD_DIM)[None, :],
+                    other=0.0,
+                )
+                if NEGATE:
+                    q1 = -q1
+                k1 = load_panel(k_ptr, k_rows, dims1, HEAD_DIM, D0 + D1 != HEAD_DIM)
+                raw = dot(q1, k1.T, raw, IEEE, INTERPRETED)
+            if HAS_SOFTCAP:
+                raw = softcapped(raw, scale_log2, softcap_log2)
+            if ONE_TOKEN:
+                raw = tl.where((tokens < end)[None, :], raw, NEG_INF)
+            elif LAZY_MASK and not HAS_LEFT:
+                limit = end
+                if HAS_RIGHT:
+                    limit = tl.minimum(end, offset + window_right + 1)
+                if begin + (tile + 1) * BLOCK_N > limit:
+                    row_end = end + 0 * token
+                    if HAS_RIGHT:
+                        row_end = tl.minimum(end, token + offset + window_right + 1)
+                    raw = tl.where(tokens[None, :] < row_end[:, None], raw, NEG_INF)
+            else:
+                row_end = end + 0 * token
+                if HAS_RIGHT:
+                    row_end = tl.minimum(end, token + offset + window_right + 1)
+                keep = tokens[None, :] < row_end[:, None]
+                if HAS_LEFT:
+                    keep &= tokens[None, :] >= (token + offset - window_left)[:, None]
+                raw = tl.where(keep, raw, NEG_INF)
+            if HAS_SOFTCAP:
+                new_max = tl.maximum(row_max, tl.max(raw, 1))
+                prob = tl.exp2(raw - new_max[:, None])
+            else:
+                # The scale is positive (the launcher folds a sign into q).
+                new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
+                prob = tl.exp2(raw * scale_log2 - new_max[:, None])
+            alpha = tl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + tl.sum(prob, 1)
+            row_max = new_max
+            v0 = load_panel(v_ptr, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
+            weights = prob.to(v0.dtype)
+            acc0 = dot(weights, v0, acc0 * alpha[:, None], IEEE, INTERPRETED)
+            if V1 > 0:
+                v1 = load_panel(v_ptr, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
+                acc1 = dot(weights, v1, acc1 * alpha[:, None], IEEE, INTERPRETED)
+            if last | (step == count - 1):
+                if last & (whole == 1):
+                    if HAS_SINK:
+                        sink = tl.load(sinks_ptr + head * GROUP + rows % GROUP)
+                        sink = sink.to(tl.float32) * LOG2E
+                        factor, lse = finish(row_max, row_sum, sink, True)
+                    else:
+                        factor, lse = finish(row_max, row_sum, 0.0, False)
+                    # 0 times the NaN of an unused slot is not 0.
+                    live = (row_sum > 0)[:, None]
+                    out_row = (
+                        seq_idx.to(tl.int64) * out_stride_b
+                        + (first_q + token).to(tl.int64) * out_stride_t
+                        + (head * GROUP + rows % GROUP).to(tl.int64) * out_stride_h
+                    )
+                    tl.store(
+                        out_ptr + out_row[:, None] + vdims0[None, :],
+                        tl.where(live, acc0 * factor[:, None], 0.0).to(out_ptr.dtype.element_ty),
+                        mask=row_mask[:, None] & (vdims0 < HEAD_DIM_V)[None, :],
+                    )
+                    if V1 > 0:
+                        tl.store(
+                            out_ptr + out_row[:, None] + vdims1[None, :],
+                            tl.where(live, acc1 * factor[:, None], 0.0).to(
+                                out_ptr.dtype.element_ty
+                            ),
+                            mask=row_mask[:, None] & (vdims1 < HEAD_DIM_V)[None, :],
+                        )
+                    if HAS_LSE:
+                        lse_row = (
+                            seq_idx.to(tl.int64) * lse_stride_b
+                            + (first_q + token).to(tl.int64) * lse_stride_t
+                            + (head * GROUP + rows % GROUP).to(tl.int64) * lse_stride_h
+                        )
+                        tl.store(lse_ptr + lse_row, lse, mask=row_mask)
+                else:
+                    part_row = (slot + whole) * ROWS + rows
+                    keep_row = rows < ROWS
+                    part_base = part_ptr + part_row[:, None].to(tl.int64) * (V0 + V1)
+                    tl.store(part_base + vdims0[None, :], acc0, mask=keep_row[:, None])
+                    if V1 > 0:
+                        tl.store(part_base + vdims1[None, :], acc1, mask=keep_row[:, None])
+                    tl.store(part_stat_ptr + part_row * 2, row_max, mask=keep_row)
+                    tl.store(part_stat_ptr + part_row * 2 + 1, row_sum, mask=keep_row)
+                row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+                row_sum = tl.zeros([BLOCK_M], tl.float32)
+                acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+                if V1 > 0:
+                    acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+                whole = 1
+            seq_idx = seq_idx_
+            head = head_
+            tile = tile_
+            first_q = first_q_
+            seqlen_q = seqlen_q_
+            first_k = first_k_
+            begin = begin_
+            end = end_
+            offset = offset_
+            num_tiles = num_tiles_
+            page = page_

@@ -1,0 +1,49 @@
+"""One call in canonical form: spec, bounds and tensors. Frozen, no logic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from triton_fa.spec import AttnSpec, Bounds
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call, in canonical spelling; the caller's own objects, never copies.
+
+    q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with cu_seqlens_q.
+    k, v: (batch, seqlen_k, heads_kv, dim) dense, (total_k, heads_kv, dim) packed, or
+    (num_pages, page_size, heads_kv, dim) paged.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    scheduler_metadata: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A validated call. Everything but the values inside `tensors` is fixed by the launch key."""
+
+    spec: AttnSpec
+    bounds: Bounds
+    tensors: Tensors
+    return_lse: bool
+
+
+class AttnResult(NamedTuple):
+    """`lse` is float32 natural log, (heads_q, total_q) packed or (batch, heads_q, seqlen_q)."""
+
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    extra: tuple[torch.Tensor, ...] = ()  # FA3's accumulators

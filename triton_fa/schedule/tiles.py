@@ -1,0 +1,116 @@
+"""Tile shapes: what was measured, and what fits elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from triton_fa.device import DeviceFacts
+from triton_fa.spec import AttnSpec
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (and at least 1)."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTile:
+    """Rows and keys of one prefill step, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """Keys of one decode step, programs resident on a multiprocessor, and how it is compiled."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+def panels(dim: int) -> tuple[int, int]:
+    """`dim` as one or two powers of two of at least 16: 128 -> (128, 0), 96 -> (64, 32).
+
+    Two only where they waste less than rounding up: 112 -> (128, 0).
+    """
+    whole = max(16, next_power_of_2(dim))
+    lower = whole // 2
+    if lower < 16 or dim <= lower:
+        return whole, 0
+    rest = max(16, next_power_of_2(dim - lower))
+    return (lower, rest) if lower + rest < whole else (whole, 0)
+
+
+def _shared_budget(device: DeviceFacts) -> int:
+    return device.shared_memory - 2048
+
+
+def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillTile:
+    """The prefill tile for `spec` when one sequence has at most `max_rows` rows per kv head."""
+    dim = max(next_power_of_2(spec.head_dim), next_power_of_2(spec.head_dim_v), 16)
+    if device.kind == "cpu":
+        return PrefillTile(32, 32, 4, 1)
+    size = spec.dtype.itemsize
+    if size == 4:
+        choices = [PrefillTile(64, 32, 8, 1), PrefillTile(32, 32, 4, 1), PrefillTile(16, 16, 4, 1)]
+    elif device.arch[0] == 9 and max_rows > 64:
+        choices = [PrefillTile(128, 128, 8, 2), PrefillTile(128, 64, 8, 2)]
+        if dim <= 64:
+            choices.insert(0, PrefillTile(128, 128, 8, 3))
+    else:
+        choices = [PrefillTile(128, 64, 8, 2)] if max_rows > 64 else []
+    choices += [PrefillTile(64, 64, 4, 2), PrefillTile(64, 32, 4, 2), PrefillTile(32, 32, 4, 1)]
+    return next(c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
+
+
+def _prefill_bytes(tile: PrefillTile, dim: int, size: int) -> int:
+    """Shared memory of a prefill tile: q, and keys and values once a stage."""
+    keys = 2 * tile.block_n * dim * max(1, tile.num_stages)
+    return (tile.block_m * dim + keys) * size
+
+
+def decode_tile(spec: AttnSpec, device: DeviceFacts, batch: int, rows: int) -> DecodeTile:
+    """The decode tile for `spec`; `rows` is the row count of one sequence and kv head.
+
+    The choices for compute capability 9.0 were measured on an H200 (docs/log.md).
+    """
+    dim = max(sum(panels(spec.head_dim)), sum(panels(spec.head_dim_v)))
+    if device.kind == "cpu":
+        return DecodeTile(32, 4, 1, 2)
+    if spec.dtype == torch.float32:
+        choices = [DecodeTile(32, 4, 2, 1), DecodeTile(16, 4, 1, 1)]
+    elif rows > 64:
+        choices = [DecodeTile(64, 8, 2, 1)]
+    elif dim <= 64 and rows <= 16:
+        choices = [DecodeTile(128, 8, 3, 2)]
+    elif dim > 128:
+        choices = [DecodeTile(64, 4, 3, 1)]
+    elif rows == 1:
+        choices = [DecodeTile(128, 8, 3, 1)]
+    elif 16 < batch < 128 and rows <= 16:
+        choices = [DecodeTile(128, 4, 3, 1)]
+    else:
+        choices = [DecodeTile(64, 4, 3, 2)]
+    choices += [DecodeTile(64, 4, 2, 1), DecodeTile(32, 4, 2, 1), DecodeTile(16, 4, 1, 1)]
+    size = spec.dtype.itemsize
+    return next(c for c in choices if _decode_bytes(c, dim, size) <= _shared_budget(device))
+
+
+def _decode_bytes(tile: DecodeTile, dim: int, size: int) -> int:
+    """Shared memory of all resident programs of a decode tile: keys, values and q per stage."""
+    per_program = (2 * tile.block_n + 16) * dim * size * max(1, tile.num_stages)
+    return per_program * tile.programs_per_sm
+
+
+def decode_programs(device: DeviceFacts, tile: DecodeTile, heads_kv: int, sm_margin: int) -> int:
+    """Programs of the decode grid: a multiple of the heads unless that idles over 5 %."""
+    slots = max(1, device.num_sms - sm_margin) * tile.programs_per_sm
+    even = slots // heads_kv * heads_kv
+    return even if even >= 0.95 * slots else slots
