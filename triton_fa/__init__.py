@@ -12,6 +12,7 @@ from triton_fa.errors import (
     UnknownVersionError,
     UnsupportedError,
 )
+from triton_fa.merge import flash_attn_combine, merge_state
 
 __version__ = "0.1.0"
 
@@ -27,8 +28,10 @@ __all__ = [
     "UnknownVersionError",
     "UnsupportedError",
     "backends",
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "merge_state",
     "strict",
 ]

@@ -16,7 +16,6 @@ import torch
 from triton_fa import dispatch, normalize
 from triton_fa.backends.base import Run
 from triton_fa.checks import one_spelling
-from triton_fa.errors import ArgumentTypeError, ArgumentValueError
 from triton_fa.normalize import Options
 from triton_fa.problem import AttnResult, Tensors
 
@@ -190,8 +189,8 @@ def flash_attn_with_kvcache(
         scheduler_metadata: What `get_scheduler_metadata` returned for these lengths.
         num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
             by ver="triton" today.
-        pack_gqa: A hint, ignored by ver="triton", which always packs.
-        sm_margin: Multiprocessors to leave idle.
+        pack_gqa: A hint for ver=3 and ver=4; ver="triton" always packs.
+        sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
         return_softmax_lse: Also return the log-sum-exp.
         sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
         score_mod: Refused today.
@@ -268,6 +267,7 @@ def flash_attn_with_kvcache(
         fixed,
         features,
         return_softmax_lse or return_attn_probs or return_lse,
+        pack_gqa,
     )
     return _call(ver, tensors, options)
 
@@ -343,8 +343,8 @@ def flash_attn_varlen_func(
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
         num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
             by ver="triton" today.
-        pack_gqa: A hint, ignored by ver="triton", which always packs.
-        sm_margin: Multiprocessors to leave idle.
+        pack_gqa: A hint for ver=3 and ver=4; ver="triton" always packs.
+        sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
         return_softmax_lse: Also return the log-sum-exp.
         sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
         score_mod: Refused today.
@@ -410,6 +410,7 @@ def flash_attn_varlen_func(
         None,
         features,
         return_softmax_lse or return_attn_probs or return_lse,
+        pack_gqa,
     )
     return _call(ver, tensors, options)
 
@@ -459,9 +460,9 @@ def flash_attn_func(
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
         num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
             by ver="triton" today.
-        pack_gqa: A hint, ignored by ver="triton", which always packs.
+        pack_gqa: A hint for ver=3 and ver=4; ver="triton" always packs.
         deterministic: Every backend's forward pass is; accepted for either value.
-        sm_margin: Multiprocessors to leave idle.
+        sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
         return_attn_probs: Also return the log-sum-exp.
         sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
         ver: "triton", "torch", 3, 4, or None for the default.
@@ -501,6 +502,7 @@ def flash_attn_func(
         None,
         features,
         return_attn_probs or return_softmax_lse or return_lse,
+        pack_gqa,
     )
     return _call(ver, tensors, options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -35,10 +35,24 @@ def require_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype
         raise ArgumentError(f"{name}: expected dtype {wanted}, got {_dtype(tensor.dtype)}")
 
 
-def require_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    """`tensor` lives on `device`, where q is."""
+def require_device(name: str, tensor: torch.Tensor, device: torch.device, like: str = "q") -> None:
+    """`tensor` lives on `device`, where the argument `like` is."""
     if tensor.device != device:
-        raise ArgumentError(f"{name}: expected device {device} (that of q), got {tensor.device}")
+        raise ArgumentError(
+            f"{name}: expected device {device} (that of {like}), got {tensor.device}"
+        )
+
+
+def require_no_grad(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """No tensor asks for a gradient while gradients are recorded: there is no backward pass."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            raise ArgumentError(
+                f"{name}: expected no gradient (forward only), got requires_grad=True; "
+                "use torch.no_grad() or detach()"
+            )
 
 
 def require_index(name: str, value: object, shape: Sequence[int], device: torch.device) -> None:

@@ -58,18 +58,16 @@ def is_strict() -> bool:
 
 
 def resolve(ver: Version | None, device: torch.device) -> Version:
-    """The version a call runs as, before any fallback.
+    """The version whose contract a call gets, before any fallback.
 
     Raises:
         UnknownVersionError: `ver` is none of None, "triton", "torch", 3, 4.
     """
-    if ver is not None and (isinstance(ver, bool) or ver not in _ADAPTERS):
+    if ver is not None and (type(ver) not in (int, str) or ver not in _ADAPTERS):
         raise UnknownVersionError(
             f"ver: unknown flash attention version, expected None, 'triton', 'torch', 3 or 4, "
             f"got {ver!r}"
         )
-    if settings().force_triton:
-        return "triton"
     if ver is None:
         ver = settings().ver
     if ver is None:
@@ -98,30 +96,29 @@ def refusals(ver: Version, spec: AttnSpec) -> tuple[str | None, tuple[str, ...]]
 
 
 def prepare(ver: Version | None, problem: Problem) -> tuple[Run, Version]:
-    """The code that runs `problem`, and the version it honours.
+    """The code that runs `problem`, and the version whose results it returns.
 
-    A call for 3 or 4 that cannot be served there is prepared on Triton, with one warning for
-    each (ver, reasons); under `strict()` it raises.
+    With `TRITON_FA_FORCE=triton` that code is Triton's, whatever the version. Otherwise a call for
+    3 or 4 that cannot be served there is prepared on Triton, with one warning for each
+    (ver, reasons); under `strict()` it raises.
 
     Raises:
         UnsupportedError, BackendUnavailableError: nothing may run this call.
     """
     version = resolve(ver, problem.spec.device)
-    unavailable, reasons = refusals(version, problem.spec)
-    chosen = version
+    chosen = "triton" if settings().force_triton else version
+    unavailable, reasons = refusals(chosen, problem.spec)
     if unavailable or reasons:
-        if version in ("triton", "torch") or is_strict():
-            _refuse(version, unavailable, reasons)
+        if chosen in ("triton", "torch") or is_strict():
+            _refuse(chosen, unavailable, reasons)
         fallback_unavailable, fallback_reasons = refusals("triton", problem.spec)
         if fallback_unavailable or fallback_reasons:
             why = fallback_unavailable or "; ".join(fallback_reasons)
             _refuse(version, unavailable, (*reasons, f"nor does ver='triton': {why}"))
         _warn_once(version, unavailable or "; ".join(reasons))
         chosen = "triton"
-        if version in (3, 4) and problem.tensors.scheduler_metadata is not None:
-            problem = _without_metadata(problem)
-    backend = cast(Backend, _load(chosen))
-    run = _with_contiguous_inputs(backend, problem)
+    foreign_metadata = chosen == "triton" and version in (3, 4)
+    run = _prepare(cast(Backend, _load(chosen)), problem, foreign_metadata)
     if settings().validate:
         validate = importlib.import_module("triton_fa.validate")
         run = validate.checked(run, problem)
@@ -138,12 +135,19 @@ def _refuse(version: Version, unavailable: str | None, reasons: tuple[str, ...])
 @functools.cache
 def _warn_once(version: Version, reason: str) -> None:
     message = f"ver={version!r} cannot serve this call, running on Triton instead: {reason}"
-    _logger.warning(message)
+    _logger.info(message)
     warnings.warn(message, FallbackWarning, stacklevel=5)
 
 
+def _prepare(backend: Backend, problem: Problem, foreign_metadata: bool) -> Run:
+    """Prepare `problem`, without a schedule that FA3 may have made: it means nothing to Triton."""
+    if not foreign_metadata or problem.tensors.scheduler_metadata is None:
+        return _with_contiguous_inputs(backend, problem)
+    inner = _with_contiguous_inputs(backend, _without_metadata(problem))
+    return lambda given: inner(given._replace(scheduler_metadata=None))
+
+
 def _without_metadata(problem: Problem) -> Problem:
-    """FA3's own schedule means nothing to Triton: dropped for this call and every later one."""
     spec = replace(problem.spec, features=problem.spec.features - {"scheduler_metadata"})
     return replace(problem, spec=spec, tensors=problem.tensors._replace(scheduler_metadata=None))
 

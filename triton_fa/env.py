@@ -6,8 +6,10 @@ None of them changes numerics.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from triton_fa.errors import ArgumentValueError
 
@@ -109,6 +111,18 @@ def settings() -> Settings:
         direct_launch=_flag("TRITON_FA_DIRECT_LAUNCH", "1"),
         cache_dir=os.environ.get("TRITON_FA_CACHE_DIR", ""),
     )
+
+
+def cache_dir() -> Path:
+    """Where `kernels.lock` is looked for: `TRITON_FA_CACHE_DIR`, or the user's cache directory."""
+    given = settings().cache_dir
+    if given:
+        return Path(given)
+    try:
+        platformdirs = importlib.import_module("platformdirs")
+    except ImportError:
+        return Path.home() / ".cache" / "triton_fa"
+    return Path(platformdirs.user_cache_dir("triton_fa", appauthor=False))
 
 
 def triton_interpreted() -> bool:

@@ -1,4 +1,4 @@
-"""From the arguments of a public function to a `Problem`. All validation of caller input is here."""
+"""From the arguments of a public function to a `Problem`: all validation of caller input."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from triton_fa.checks import (
     require_float,
     require_index,
     require_int,
+    require_no_grad,
     require_rank,
     require_shape,
     require_tensor,
@@ -41,6 +42,7 @@ class Options:
     fixed_seqlen_k: int | None = None  # an int `cache_seqlens`
     features: frozenset[str] = frozenset()
     return_lse: bool = False
+    pack_gqa: bool | None = None
 
 
 def problem(tensors: Tensors, options: Options) -> Problem:
@@ -53,7 +55,7 @@ def problem(tensors: Tensors, options: Options) -> Problem:
     q = require_tensor("q", tensors.q)
     names = _key_names(options.entry)
     k, v = require_tensor(names[0], tensors.k), require_tensor(names[1], tensors.v)
-    _require_no_grad({"q": q, names[0]: k, names[1]: v})
+    require_no_grad({"q": q, names[0]: k, names[1]: v, "sinks": tensors.sinks, "out": tensors.out})
     _check_dtypes(q, {names[0]: k, names[1]: v})
 
     query_layout: QueryLayout = "dense" if tensors.cu_seqlens_q is None else "packed"
@@ -79,18 +81,23 @@ def problem(tensors: Tensors, options: Options) -> Problem:
     fixed_seqlen_k = _fixed_seqlen_k(tensors, options, key_layout, max_seqlen_k)
 
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
-    if heads_kv == 0 or heads_q % heads_kv:
+    if heads_q == 0 or heads_kv == 0 or heads_q % heads_kv:
         raise ArgumentError(
             f"q: expected a number of heads that is a multiple of {names[0]}'s, "
             f"got {heads_q} and {heads_kv}"
         )
     if q.shape[-1] != k.shape[-1]:
         raise ArgumentError(f"{names[0]}: expected head_dim {q.shape[-1]}, got {k.shape[-1]}")
+    for name, tensor in (("q", q), (names[1], v)):
+        if tensor.shape[-1] == 0:
+            raise ArgumentError(f"{name}: expected a head_dim of at least 1, got 0")
     if tensors.sinks is not None:
         sinks = require_tensor("sinks", tensors.sinks)
         require_dtype("sinks", sinks, FLOAT_DTYPES)
         require_shape("sinks", sinks, (heads_q,))
         require_device("sinks", sinks, q.device)
+        if heads_q > 1 and sinks.stride(0) != 1:
+            raise ArgumentError(f"sinks: expected stride 1, got strides {sinks.stride()}")
     if tensors.out is not None:
         out = require_tensor("out", tensors.out)
         require_dtype("out", out, (q.dtype,))
@@ -125,6 +132,8 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         num_splits=max(0, _plain_int("num_splits", options.num_splits)),
         sm_margin=require_int("sm_margin", options.sm_margin, 0),
         features=options.features | _tensor_features(tensors),
+        sinks_dtype=None if tensors.sinks is None else tensors.sinks.dtype,
+        pack_gqa=_pack_gqa(options),
     )
     bounds = Bounds(batch, total_q, max_seqlen_q, max_seqlen_k, fixed_seqlen_k)
     return Problem(spec, bounds, tensors, require_bool("return_softmax_lse", options.return_lse))
@@ -132,17 +141,6 @@ def problem(tensors: Tensors, options: Options) -> Problem:
 
 def _key_names(entry: str) -> tuple[str, str]:
     return ("k_cache", "v_cache") if entry == "kvcache" else ("k", "v")
-
-
-def _require_no_grad(tensors: dict[str, torch.Tensor]) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor.requires_grad:
-            raise ArgumentError(
-                f"{name}: expected no gradient (forward only), got requires_grad=True; "
-                "use torch.no_grad() or detach()"
-            )
 
 
 def _check_dtypes(q: torch.Tensor, keys: dict[str, torch.Tensor]) -> None:
@@ -241,6 +239,10 @@ def _plain_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ArgumentTypeError(f"{name}: expected an int, got {type(value).__name__}")
     return value
+
+
+def _pack_gqa(options: Options) -> bool | None:
+    return None if options.pack_gqa is None else require_bool("pack_gqa", options.pack_gqa)
 
 
 def metadata_length(batch: int) -> int:

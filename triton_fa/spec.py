@@ -41,6 +41,8 @@ class AttnSpec:
     num_splits: int
     sm_margin: int
     features: frozenset[str]
+    sinks_dtype: torch.dtype | None = None  # None without sinks
+    pack_gqa: bool | None = None  # a hint, passed on to FA3 and FA4
 
     @property
     def q_heads_per_kv(self) -> int:

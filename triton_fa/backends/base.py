@@ -30,3 +30,41 @@ class Backend(Protocol):
 
     def prepare(self, problem: Problem) -> Run:
         """Do all host work that depends on the launch key only, and return what is left."""
+
+
+def allocate(problem: Problem, tensors: Tensors) -> AttnResult:
+    """The tensors of a result, not yet written: the caller's `out`, or a new one, and the lse."""
+    q = tensors.q
+    out = tensors.out
+    if out is None:
+        out = q.new_empty((*q.shape[:-1], problem.spec.head_dim_v))
+    lse = None
+    if problem.return_lse:
+        heads_last = q.shape[:-1]  # (total_q, heads_q) or (batch, seqlen_q, heads_q)
+        shape = (*heads_last[:-2], heads_last[-1], heads_last[-2])
+        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    return AttnResult(out, lse)
+
+
+def without_work(problem: Problem) -> bool:
+    """Whether the call has no query row at all, so that nothing needs to run."""
+    bounds = problem.bounds
+    return bounds.batch == 0 or bounds.total_q == 0 or bounds.max_seqlen_q == 0
+
+
+def fixed_lengths(problem: Problem) -> Callable[[], torch.Tensor]:
+    """A (batch,) int32 tensor of the key length that the host knows, for binaries without an int.
+
+    Made once, except while a graph is captured: what is made then holds its value only after a
+    replay, so it is made again on each call.
+    """
+    device, bounds = problem.spec.device, problem.bounds
+
+    def make() -> torch.Tensor:
+        length = bounds.fixed_seqlen_k or 0
+        return torch.full((bounds.batch,), length, dtype=torch.int32, device=device)
+
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make
+    made = make()
+    return lambda: made

@@ -265,7 +265,7 @@ def decode_kernel(
                 k1 = load_panel(k_ptr, k_rows, dims1, HEAD_DIM, D0 + D1 != HEAD_DIM)
                 raw = dot(q1, k1.T, raw, IEEE, INTERPRETED)
             if HAS_SOFTCAP:
-                raw = softcapped(raw, scale_log2, softcap_log2)
+                raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
             if ONE_TOKEN:
                 raw = tl.where((tokens < end)[None, :], raw, NEG_INF)
             elif LAZY_MASK and not HAS_LEFT:

@@ -11,6 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from triton_fa.env import settings
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
@@ -64,12 +68,8 @@ class Launch:
     def _direct_launcher(self, pointers: Pointers) -> Callable[..., None] | None:
         if TRITON_VERSION.release[:2] not in DIRECT_VERSIONS or torch.version.hip:
             return None
-        from triton.runtime import driver
-
         with torch.cuda.device(self._device):
-            compiled = self._kernel.warmup(
-                *pointers, *self._tail, grid=self._grid, **self._options
-            )
+            compiled = self._kernel.warmup(*pointers, *self._tail, grid=self._grid, **self._options)
             run = compiled.run
         if run.global_scratch_size or run.profile_scratch_size:
             return None
@@ -111,3 +111,52 @@ class Launch:
             self._direct(pointers)
         else:
             self._kernel[self._grid](*pointers, *self._tail, **self._options)
+
+
+def cross_compile(
+    kernel: Any,
+    pointers: Sequence[Any],
+    values: Mapping[str, Any],
+    options: Mapping[str, Any],
+    target: GPUTarget,
+) -> Any:
+    """Compile a kernel for any chip, without one, as a launch with these arguments would.
+
+    Args:
+        kernel: A jitted function whose first parameters are pointers.
+        pointers: Tensors, tensor descriptors or None.
+        values: All other arguments by name, constexprs included.
+        options: num_warps, num_stages, launch_pdl.
+        target: The chip, e.g. `GPUTarget("cuda", 90, 32)`.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    given = dict(zip(kernel.arg_names, pointers, strict=False)) | dict(values)
+    for param in kernel.params:
+        value = given[param.name]
+        if value is None or param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + _TYPES[value.dtype]
+            attributes[(param.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        elif isinstance(value, int):
+            signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(param.num,)] = [["tt.divisibility", 16]]
+        else:
+            block = ", ".join(map(str, value.block_shape))
+            signature[param.name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=dict(options) | {"enable_fp_fusion": True})
+
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+}

@@ -81,7 +81,7 @@ def load_keys(
             slot = tl.minimum(token + first_k, total_k - 1)
         rows = page.to(tl.int64) * strides[0] + slot.to(tl.int64) * strides[1]
         dims = tl.arange(0, BLOCK_D)
-        if BLOCK_D != head_dim:
+        if head_dim != BLOCK_D:
             return tl.load(
                 base_ptr + rows[:, None] + dims[None, :],
                 mask=(dims < head_dim)[None, :],
@@ -152,7 +152,7 @@ def attend_blocks(
         )
         raw = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
         if HAS_SOFTCAP:
-            raw = softcapped(raw, scale_log2, softcap_log2)
+            raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
         if MASKED:
             token = start + tl.arange(0, BLOCK_N)
             keep = token[None, :] < row_end[:, None]

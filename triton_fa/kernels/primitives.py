@@ -98,12 +98,21 @@ def dot(a, b, acc, IEEE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def softcapped(raw, scale_log2, softcap_log2):
+def softcapped(raw, scale_log2, softcap_log2, PRECISE: tl.constexpr):
     """softcap * tanh(scale * raw / softcap) in base 2; scale_log2 = 2 log2(e) scale / softcap.
 
-    tanh(x) = 1 - 2 / (1 + e^2x); e^2x saturates to 0 or inf, and both are right.
+    tanh(x) = 1 - 2 / (1 + e^2x); e^2x saturates to 0 or inf, and both are right. PRECISE adds the
+    Taylor polynomial where that difference cancels, for float32 inputs.
     """
-    return softcap_log2 - 2.0 * softcap_log2 / (1.0 + tl.exp2(raw * scale_log2))
+    twice = raw * scale_log2
+    tanh = 1.0 - 2.0 / (1.0 + tl.exp2(twice))
+    if PRECISE:
+        x = twice * (0.5 * LN2)
+        x2 = x * x
+        series = -0.05396825396825397 + x2 * (0.021869488536155203 + x2 * -0.008863235529902197)
+        series = x * (1.0 + x2 * (-0.3333333333333333 + x2 * (0.13333333333333333 + x2 * series)))
+        tanh = tl.where(x2 < 0.09, series, tanh)
+    return softcap_log2 * tanh
 
 
 @triton.jit

@@ -61,9 +61,11 @@ def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillT
     if size == 4:
         choices = [PrefillTile(64, 32, 8, 1), PrefillTile(32, 32, 4, 1), PrefillTile(16, 16, 4, 1)]
     elif device.arch[0] == 9 and max_rows > 64:
-        choices = [PrefillTile(128, 128, 8, 2), PrefillTile(128, 64, 8, 2)]
+        choices = [PrefillTile(128, 64, 8, 2)]
         if dim <= 64:
-            choices.insert(0, PrefillTile(128, 128, 8, 3))
+            choices.insert(0, PrefillTile(64, 64, 4, 3))
+        elif dim <= 128:
+            choices.insert(0, PrefillTile(128, 64, 4, 2))
     else:
         choices = [PrefillTile(128, 64, 8, 2)] if max_rows > 64 else []
     choices += [PrefillTile(64, 64, 4, 2), PrefillTile(64, 32, 4, 2), PrefillTile(32, 32, 4, 1)]
@@ -76,7 +78,7 @@ def _prefill_bytes(tile: PrefillTile, dim: int, size: int) -> int:
     return (tile.block_m * dim + keys) * size
 
 
-def decode_tile(spec: AttnSpec, device: DeviceFacts, batch: int, rows: int) -> DecodeTile:
+def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     """The decode tile for `spec`; `rows` is the row count of one sequence and kv head.
 
     The choices for compute capability 9.0 were measured on an H200 (docs/log.md).
@@ -92,20 +94,17 @@ def decode_tile(spec: AttnSpec, device: DeviceFacts, batch: int, rows: int) -> D
         choices = [DecodeTile(128, 8, 3, 2)]
     elif dim > 128:
         choices = [DecodeTile(64, 4, 3, 1)]
-    elif rows == 1:
-        choices = [DecodeTile(128, 8, 3, 1)]
-    elif 16 < batch < 128 and rows <= 16:
-        choices = [DecodeTile(128, 4, 3, 1)]
     else:
         choices = [DecodeTile(64, 4, 3, 2)]
-    choices += [DecodeTile(64, 4, 2, 1), DecodeTile(32, 4, 2, 1), DecodeTile(16, 4, 1, 1)]
+    choices += [DecodeTile(64, 4, 2, 1), DecodeTile(32, 4, 2, 1), DecodeTile(32, 4, 1, 1)]
+    choices += [DecodeTile(16, 4, 1, 1)]
     size = spec.dtype.itemsize
-    return next(c for c in choices if _decode_bytes(c, dim, size) <= _shared_budget(device))
+    return next(c for c in choices if _decode_bytes(c, rows, dim, size) <= _shared_budget(device))
 
 
-def _decode_bytes(tile: DecodeTile, dim: int, size: int) -> int:
+def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
     """Shared memory of all resident programs of a decode tile: keys, values and q per stage."""
-    per_program = (2 * tile.block_n + 16) * dim * size * max(1, tile.num_stages)
+    per_program = (2 * tile.block_n + max(16, rows)) * dim * size * max(1, tile.num_stages)
     return per_program * tile.programs_per_sm
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: named workloads, one way of timing them, and committed results."""

@@ -1,0 +1,147 @@
+"""``python -m bench decode|prefill|step|metadata|overhead``: time workloads, print one table.
+
+Needs a CUDA device. Every row is checked before it is timed, and a wrong row makes the exit status
+1. Rows come from workloads.py, methods from timing.py, and the result file carries both with the
+GPU, driver, versions, commit, clocks, command and date.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import triton_fa
+from bench import environment, report, workloads
+from bench.inputs import make_inputs
+from bench.measure import Measurement, as_json, measure, on
+from bench.timing import BURST_SECONDS, CHAIN, FLUSH_BYTES, Flusher, host_microseconds
+from bench.variants import BASELINE, VARIANTS, bind
+
+KINDS = (*workloads.CORE, "overhead")
+# Small calls, where the host's share shows, one of each entry point.
+OVERHEAD_ROWS = ("1x1024.32/8x128.p16", "8x512.32/8x128.p16", "16x1024.32/8x128")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--rows", default="", help="regex searched in row and family names")
+    parser.add_argument("--backend", default="triton,3,4", help=f"of {','.join(VARIANTS)}")
+    parser.add_argument("--repeat", type=int, default=5, help="interleaved bursts per row")
+    parser.add_argument("--set", choices=("core", "grid"), default="core", dest="row_set")
+    parser.add_argument("--fp32", action="store_true", help="judge by fp32 attention, not by FA3")
+    parser.add_argument(
+        "--require-peers", action="store_true", help="a missing backend is an error"
+    )
+    parser.add_argument("--commit", default="", help="recorded where git cannot tell")
+    parser.add_argument("--output", type=Path, help="write the result file here")
+    parser.add_argument("--list", action="store_true", help="print row names and stop")
+    options = parser.parse_args(arguments)
+    options.labels = [label for label in options.backend.split(",") if label]
+    if unknown := [label for label in options.labels if label not in VARIANTS]:
+        parser.error(f"--backend: expected some of {','.join(VARIANTS)}, got {unknown}")
+    if options.repeat < 1:
+        parser.error(f"--repeat: expected at least 1, got {options.repeat}")
+    return options
+
+
+def rows_of(options: argparse.Namespace) -> tuple[workloads.Workload, ...]:
+    if options.kind == "overhead":
+        return tuple(map(workloads.find, OVERHEAD_ROWS))
+    return workloads.select(options.kind, options.rows, options.row_set == "grid")
+
+
+def run_overhead(rows: tuple[workloads.Workload, ...], labels: list[str]) -> list[dict[str, Any]]:
+    """Host microseconds of one eager call, metadata given where the backend has any."""
+    results = []
+    for row in rows:
+        inputs = make_inputs(row, torch.device("cuda"))
+        found: dict[str, Any] = {}
+        with triton_fa.strict():
+            for label in labels:
+                try:
+                    found[label] = host_microseconds(on(bind(VARIANTS[label], inputs), inputs))
+                except triton_fa.TritonFAError as error:
+                    found[label] = str(error)
+        results.append({"name": row.name, "host_us": found})
+    return results
+
+
+def overhead_table(results: list[dict[str, Any]], labels: list[str]) -> str:
+    def cell(value: object) -> str:
+        return f"{value:.1f}" if isinstance(value, float) else "skipped"
+
+    rows = [[r["name"], *(cell(r["host_us"][label]) for label in labels)] for r in results]
+    remarks = {
+        f"! {label}: {value}"
+        for r in results
+        for label, value in r["host_us"].items()
+        if isinstance(value, str)
+    }
+    header = ["host µs per eager call", *labels]
+    return "\n".join([report.table(header, rows), *sorted(remarks)])
+
+
+def write(path: Path, environment_: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    method = {
+        "chain_calls": CHAIN,
+        "flush_bytes": FLUSH_BYTES,
+        "burst_seconds": BURST_SECONDS,
+        "ratio": f"median over bursts of {BASELINE} time / own time",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment_, "method": method, "rows": rows}
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    rows = rows_of(options)
+    if options.list:
+        print("\n".join(row.name for row in rows))
+        return 0
+    if not rows:
+        print(f"no {options.kind} row matches {options.rows!r}", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was measured", file=sys.stderr)
+        return 3
+    where = environment.describe(options.commit)
+    for name in ("gpu", "torch", "triton", "commit", "command"):
+        print(f"{name}: {where[name]}")
+    labels: list[str] = options.labels
+    if options.kind == "overhead":
+        results = run_overhead(rows, labels)
+        text, wrong, skipped = overhead_table(results, labels), 0, 0
+    else:
+        measurements, results = run_rows(rows, labels, options)
+        text = report.summary(measurements, labels)
+        wrong = sum(len(m.failed) for m in measurements)
+        skipped = sum(bool(o.skipped) for m in measurements for o in m.outcomes.values())
+    if options.output:
+        write(options.output, where, results)
+    print(text)
+    return 1 if wrong or (skipped and options.require_peers) else 0
+
+
+def run_rows(
+    rows: tuple[workloads.Workload, ...], labels: list[str], options: argparse.Namespace
+) -> tuple[list[Measurement], list[dict[str, Any]]]:
+    flusher = Flusher()
+    measurements, results = [], []
+    for index, row in enumerate(rows, 1):
+        begin = time.perf_counter()
+        measurement = measure(row, labels, flusher, options.repeat, against_peer=not options.fp32)
+        measurements.append(measurement)
+        results.append(as_json(measurement) | {"gpu_state": environment.gpu_state()})
+        seconds = time.perf_counter() - begin
+        print(f"[{index}/{len(rows)}] {row.name} {seconds:.1f} s", file=sys.stderr, flush=True)
+    return measurements, results
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,178 @@
+"""One workload on several variants: correctness first, then interleaved times."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import triton_fa
+from bench.counters import cache_bytes, flops, mandatory_bytes
+from bench.inputs import Inputs, make_inputs
+from bench.judge import budget, judge
+from bench.timing import CHAIN, Flusher, Times, capture, copies_for, interleaved
+from bench.variants import BASELINE, VARIANTS, Bound, bind
+from bench.workloads import Workload
+
+# A chain's caches have to fit beside each other, and only short calls hide in one another.
+CHAIN_CACHE_BYTES = 64 * 2**20
+
+
+@dataclass
+class Outcome:
+    """What became of one variant on one workload."""
+
+    times: Times = field(default_factory=Times)
+    deviation: float | None = None  # from the peer named in `against`
+    against: str = ""
+    correct: bool | None = None
+    skipped: str = ""  # why there is nothing
+    note: str = ""
+
+
+@dataclass
+class Measurement:
+    """One row of a result file."""
+
+    row: Workload
+    outcomes: dict[str, Outcome]
+    bytes: int
+    flops: int
+
+    @property
+    def failed(self) -> list[str]:
+        return [label for label, o in self.outcomes.items() if o.correct is False]
+
+
+def attempt(label: str, inputs: Inputs) -> tuple[Bound, torch.Tensor | None]:
+    bound = bind(VARIANTS[label], inputs)
+    if inputs.row.phase == "metadata":
+        if bound.plan is None:
+            raise triton_fa.UnsupportedError(VARIANTS[label].ver, [bound.note or "no metadata"])
+        return bound, None
+    return bound, bound.call(inputs)
+
+
+def verdict(outcome: Outcome, inputs: Inputs, out: torch.Tensor, peer: torch.Tensor | None) -> None:
+    outcome.against = "fp32" if peer is None else BASELINE
+    outcome.deviation = judge(inputs, out, peer)
+    outcome.correct = outcome.deviation <= budget(inputs)
+
+
+def measure(
+    row: Workload, labels: Sequence[str], flusher: Flusher, bursts: int, against_peer: bool = True
+) -> Measurement:
+    """Check every variant, then time those that are right, on the flusher's device."""
+    inputs = make_inputs(row, flusher.buffer.device)
+    outcomes = {label: Outcome() for label in labels}
+    bound: dict[str, Bound] = {}
+    outs: dict[str, torch.Tensor | None] = {}
+    with triton_fa.strict():
+        for label in labels:
+            try:
+                bound[label], outs[label] = attempt(label, inputs)
+                outcomes[label].note = bound[label].note
+            except triton_fa.TritonFAError as error:
+                outcomes[label].skipped = str(error)
+        reference = outs.get(BASELINE) if against_peer else None
+        for label, out in outs.items():
+            if out is not None:
+                peer = None if label == BASELINE else reference
+                # FA3 judges the others; on its own it would be judged by nobody.
+                if label != BASELINE or reference is None or len(outs) == 1:
+                    verdict(outcomes[label], inputs, out, peer)
+        right = {n: b for n, b in bound.items() if outcomes[n].correct is not False}
+        outs.clear()
+        timed = time_all(row, inputs, right, flusher, bursts)
+    for label, times in timed.items():
+        outcomes[label].times = times
+    del inputs, bound, right
+    gc.collect()
+    torch.cuda.empty_cache()
+    return Measurement(row, outcomes, mandatory_bytes(row), flops(row))
+
+
+def single(label: str, calls: list[Callable[[], object]]) -> Callable[[], object]:
+    """The calls as one graph, or eagerly where the backend reads lengths on the host."""
+    if VARIANTS[label].captured:
+        return capture(calls).replay
+
+    def eager() -> None:
+        for call in calls:
+            call()
+
+    return eager
+
+
+def call_lists(
+    row: Workload, inputs: Inputs, bound: Bound
+) -> tuple[list[Callable[[], object]], list[Callable[[], object]]]:
+    """The calls of one sample, and those of a chain (empty where the row has none)."""
+    if row.phase == "metadata":
+        assert bound.plan is not None
+        return [bound.plan], [bound.plan] * CHAIN
+    if row.phase == "step":
+        caches = rotation(inputs, min(row.layers, copies_for(cache_bytes(row))))
+        layers = [on(bound, caches[i % len(caches)]) for i in range(row.layers)]
+        return [*([bound.plan] if bound.plan else []), *layers], []
+    one = [on(bound, inputs)]
+    if row.phase != "decode" or cache_bytes(row) > CHAIN_CACHE_BYTES:
+        return one, []
+    caches = rotation(inputs, copies_for(mandatory_bytes(row)))
+    return one, [on(bound, caches[i % len(caches)]) for i in range(CHAIN)]
+
+
+def rotation(inputs: Inputs, copies: int) -> list[Inputs]:
+    return [inputs, *(inputs.other_cache() for _ in range(copies - 1))]
+
+
+def on(bound: Bound, inputs: Inputs) -> Callable[[], object]:
+    return lambda: bound.call(inputs)
+
+
+def time_all(
+    row: Workload, inputs: Inputs, bound: dict[str, Bound], flusher: Flusher, bursts: int
+) -> dict[str, Times]:
+    ones: dict[str, Callable[[], object]] = {}
+    chains: dict[str, Callable[[], object]] = {}
+    for label, one_bound in bound.items():
+        one, chain = call_lists(row, inputs, one_bound)
+        ones[label] = single(label, one)
+        if chain:
+            chains[label] = single(label, chain)
+    clean = interleaved(ones, flusher.clean, bursts)
+    dirty = interleaved(ones, flusher.dirty, bursts)
+    chained = interleaved(chains, flusher.clean, bursts) if chains else {}
+    return {
+        label: Times(
+            clean=clean[label],
+            dirty=dirty[label],
+            chain=tuple(t / CHAIN for t in chained.get(label, ())),
+        )
+        for label in bound
+    }
+
+
+def as_json(measurement: Measurement) -> dict[str, Any]:
+    """A row of the result file. The shape itself is in workloads.py, under the same name."""
+    return {
+        "name": measurement.row.name,
+        "phase": measurement.row.phase,
+        "family": measurement.row.family,
+        "bytes": measurement.bytes,
+        "flops": measurement.flops,
+        "variants": {
+            label: {
+                "clean_us": outcome.times.clean,
+                "dirty_us": outcome.times.dirty,
+                "chain_us": outcome.times.chain,
+                "deviation": outcome.deviation,
+                "against": outcome.against,
+                "correct": outcome.correct,
+                "skipped": outcome.skipped,
+                "note": outcome.note,
+            }
+            for label, outcome in measurement.outcomes.items()
+        },
+    }

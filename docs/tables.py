@@ -1,0 +1,103 @@
+"""The README's generated tables: ``python docs/tables.py`` rewrites them, ``--check`` compares.
+
+`env` comes from ``triton_fa.env.VARIABLES``; `refused` from the docstrings of the public functions:
+every sentence that says what is refused today.
+"""
+
+import argparse
+import inspect
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+sys.path.insert(0, str(ROOT))
+
+import triton_fa  # noqa: E402  # the checkout's package, wherever this is run from
+from triton_fa.env import VARIABLES  # noqa: E402
+
+FUNCTIONS = (
+    "flash_attn_with_kvcache",
+    "flash_attn_varlen_func",
+    "flash_attn_func",
+    "get_scheduler_metadata",
+    "flash_attn_combine",
+)
+
+
+def env_table() -> str:
+    lines = ["| variable | default | meaning |", "|---|---|---|"]
+    for variable in VARIABLES:
+        default = f"`{variable.default}`" if variable.default else ""
+        lines.append(f"| `{variable.name}` | {default} | {variable.meaning} |")
+    return "\n".join(lines)
+
+
+def argument_texts(function: object) -> dict[str, str]:
+    """Parameter name to its description, from the docstring's ``Args:`` section."""
+    doc = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
+    texts: dict[str, str] = {}
+    for entry in re.split(r"\n(?= {4}\w)", section[1].rstrip()) if section else []:
+        names, _, text = entry.partition(":")
+        for name in names.split(","):
+            texts[name.strip()] = " ".join(text.split())
+    return texts
+
+
+def refusals() -> dict[tuple[str, str], list[str]]:
+    """(argument, what is refused) to the functions that refuse it, in the order of FUNCTIONS."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in FUNCTIONS:
+        for argument, text in argument_texts(getattr(triton_fa, name, None)).items():
+            for sentence in re.split(r"(?<=\.) ", text):
+                if re.search(r"\brefused\b.*\btoday\b", sentence, re.IGNORECASE):
+                    found.setdefault((argument, said(sentence)), []).append(name)
+    return found
+
+
+def said(sentence: str) -> str:
+    """What a sentence refuses, without the words that every one of them has."""
+    if match := re.fullmatch(r"Refused today(?: unless (.*))?\.", sentence):
+        return f"anything but {match[1]}" if match[1] else "the argument"
+    return sentence.rstrip(".").replace("|", "\\|")
+
+
+def refused_table() -> str:
+    lines = ["| argument | what is refused | by |", "|---|---|---|"]
+    for (argument, what), functions in refusals().items():
+        by = ", ".join(f"`{f.removeprefix('flash_attn_')}`" for f in functions)
+        lines.append(f"| `{argument}` | {what} | {by} |")
+    return "\n".join(lines) if len(lines) > 2 else "Nothing is."
+
+
+TABLES = {"env": env_table, "refused": refused_table}
+
+
+def rewritten(text: str) -> str:
+    """``text`` with every generated table as it should be."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, found_begin, rest = text.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not (found_begin and found_end):
+            raise ValueError(f"{README.name}: expected {begin} and {end} in this order")
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if it is stale")
+    options = parser.parse_args()
+    old = README.read_text()
+    new = rewritten(old)
+    if options.check:
+        return int(old != new)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Every check of the project as one command: ``nox -s NAME``; ``nox -l`` lists them.
+
+Sessions make their own virtual environment and install into it under ``constraints.txt``. The
+``*_gpu`` sessions and ``bench`` use the environment nox runs in, for machines where torch and the
+FlashAttention binaries are installed already.
+"""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.error_on_external_run = True
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "imports"]
+
+CONSTRAINTS = ("-c", "constraints.txt")
+# The tests run in parallel processes; one thread each keeps those from fighting over the cores.
+TEST_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run_lint(session: nox.Session) -> None:
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+def run_pytest(session: nox.Session, *options: str, external: bool = False) -> None:
+    arguments = session.posargs or ["tests", "parity_tests", *options]
+    session.run("python", "-m", "pytest", "-q", *arguments, env=TEST_ENV, external=external)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style: ruff check and ruff format --check."""
+    session.install(*CONSTRAINTS, "ruff")
+    run_lint(session)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types: mypy --strict."""
+    session.install(*CONSTRAINTS, "-e", ".[lint,test]")
+    session.run("mypy")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Who may import whom: the import contracts of pyproject.toml."""
+    session.install(*CONSTRAINTS, "import-linter")
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Everything that needs no GPU: lint, types, import contracts, then the tests.
+
+    One environment serves all four, because torch is the larger part of the installation.
+    Arguments after ``--`` go to pytest and skip the other three.
+    """
+    session.install(*CONSTRAINTS, "-e", ".[lint,test]")
+    if not session.posargs:
+        run_lint(session)
+        session.run("mypy")
+        session.run("lint-imports", "--no-cache")
+    run_pytest(session, "-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadgroup")
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """The main job: every backend that works here against the fp64 reference, with a report."""
+    session.install(*CONSTRAINTS, "-e", ".[parity]")
+    session.run("python", "-m", "parity_tests", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it in a clean environment and import it from elsewhere."""
+    session.install("hatchling")
+    dist = session.create_tmp()
+    session.run("python", "-m", "hatchling", "build", "-t", "wheel", "-d", dist)
+    newest = max(Path(dist).glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    session.install(*CONSTRAINTS, str(newest))
+    with session.chdir(dist):
+        session.run("python", "-c", "import triton_fa; print(triton_fa.__file__)")
+
+
+@nox.session(venv_backend="none", default=False)
+def parity_gpu(session: nox.Session) -> None:
+    """The main job in this environment, with every peer required to be present."""
+    arguments = session.posargs or ["--require-peers"]
+    session.run("python", "-m", "parity_tests", *arguments, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def tests_gpu(session: nox.Session) -> None:
+    """The tests in this environment, GPU tests included, one process."""
+    run_pytest(session, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def bench(session: nox.Session) -> None:
+    """Benchmarks in this environment: ``nox -s bench -- decode --rows b16``."""
+    for arguments in [session.posargs] if session.posargs else [["decode"], ["prefill"]]:
+        session.run("python", "-m", "bench", *arguments, external=True)

@@ -1,0 +1,177 @@
+"""python -m parity_tests: every backend that runs here against the float64 reference."""
+
+import importlib
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import rich.progress
+import rich.table
+from rich.console import Console
+from rich.markup import escape
+
+from parity_tests import device as device_module
+
+if TYPE_CHECKING:
+    from parity_tests.cases import Case
+    from parity_tests.runners import Outcome
+    from parity_tests.suite import Run
+
+GENERATED_ON_GPU, GENERATED_INTERPRETED = 200, 24
+COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--cases",
+    "generated",
+    type=click.IntRange(0),
+    default=None,
+    help=f"Generated cases  [default: {GENERATED_ON_GPU} on a GPU,"
+    f" {GENERATED_INTERPRETED} in the interpreter]",
+)
+@click.option("--seed", default=0, show_default=True, help="Decides the generated cases.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice(["triton", "torch", "3", "4"]),
+    help="Only this backend; may be given several times.  [default: all]",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("parity-report"),
+    show_default=True,
+    help="Folder of the report.",
+)
+@click.option("--require-peers", is_flag=True, help="Fail if a backend is not available.")
+@click.option("--named-only", is_flag=True, help="No generated cases.")
+@click.option("--filter", "pattern", default="", help="Only cases whose name contains this.")
+@click.option(
+    "--device",
+    "device_name",
+    default=None,
+    help="A torch device  [default: cuda if there is one, else cpu]",
+)
+@click.option(
+    "--variants",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Distinct compile-time variants among the generated cases.",
+)
+@click.option(
+    "--fa4-variants",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="How many of those FA4 compiles (2 to 5 seconds each).",
+)
+@click.option("--repro", is_flag=True, help="Print code that runs each failed case again.")
+def main(
+    generated: int | None,
+    seed: int,
+    backends: tuple[str, ...],
+    output: Path,
+    device_name: str | None,
+    repro: bool,
+    **options: Any,
+) -> None:
+    """Hold the backends against the float64 reference and write parity.json and parity.html.
+
+    Exits with 1 on any failure, and also if nothing ran. Without a CUDA GPU the kernels run in
+    Triton's interpreter on scaled-down cases.
+    """  # fmt: skip
+    try:
+        device = device_module.settle(device_name)
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    # Only now: these import triton_fa, and the interpreter must be on before triton is imported.
+    suite = importlib.import_module("parity_tests.suite")
+    report = importlib.import_module("parity_tests.report")
+
+    if generated is None:
+        generated = GENERATED_INTERPRETED if device.interpreted else GENERATED_ON_GPU
+    vers = tuple(int(ver) if ver.isdigit() else ver for ver in dict.fromkeys(backends))
+    chosen = suite.Options(
+        device=device, generated=generated, seed=seed, vers=vers or suite.VERS, **options
+    )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(f"[bold]triton_fa parity[/] on {escape(device.description)}, seed {seed}")
+    cases = suite.plan(chosen)
+    run = suite.Run(chosen)
+    _go(run, cases, console, output / "running.json")
+    _show(run, report.limits(run), console)
+    command = shlex.join(["python", "-m", "parity_tests", *sys.argv[1:]])
+    for path in report.write(run, output, command):
+        console.print(f"wrote {path}", highlight=False)
+    for outcome in run.failures if repro else ():
+        console.rule(escape(outcome.case.label))
+        print(outcome.case.repro_snippet(outcome.ver, device.name))
+    passed, sentence = run.verdict()
+    console.print(f"[{'bold green' if passed else 'bold red'}]{escape(sentence)}[/]")
+    sys.exit(0 if passed else 1)
+
+
+def _go(run: "Run", cases: "list[Case]", console: Console, running: Path) -> None:
+    """Run the cases; if the process dies on one, the file `running` still holds that case."""
+    running.parent.mkdir(parents=True, exist_ok=True)
+    columns = (
+        rich.progress.SpinnerColumn(),
+        *rich.progress.Progress.get_default_columns(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.fields[failed]} failed"),
+    )
+    with rich.progress.Progress(*columns, console=console) as progress:
+        task = progress.add_task("cases", total=len(cases), failed=0)
+
+        def note(case: "Case") -> None:
+            running.write_text(case.to_json() + "\n", encoding="utf-8")
+
+        run.go(
+            cases,
+            before=note,
+            after=lambda _: progress.update(task, advance=1, failed=len(run.failures)),
+        )
+    running.unlink(missing_ok=True)
+
+
+def _show(run: "Run", limits: list[str], console: Console) -> None:
+    """Named cases and whatever went wrong line by line; agreeing generated cases as counts."""
+    suite = importlib.import_module("parity_tests.suite")
+    missing = {o.ver: o.reasons for o in run.outcomes if o.verdict == "unavailable"}
+    table = rich.table.Table(title="max ratio: error relative to same-dtype PyTorch")
+    for heading in ("case", "backend", "max ratio", "LSE error", "verdict"):
+        table.add_column(heading, overflow="fold")
+    for outcome in run.outcomes:
+        quiet = not outcome.case.name and outcome.verdict not in ("failed", "known difference")
+        if (quiet or outcome.ver in missing) and not outcome.is_failure:
+            continue
+        table.add_row(*_cells(outcome))
+    console.print(table)
+    for ver, reasons in missing.items():
+        line = f"backend {ver} could not run: {'; '.join(reasons)}"
+        console.print(f"[bold yellow]{escape(line)}[/]")
+    for sentence in limits:
+        console.print(f"[yellow]{escape(sentence)}[/]")
+    for ver, counts in suite.tally(run.outcomes).items():
+        console.print(f"{ver}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+
+
+def _cells(outcome: "Outcome") -> tuple[str, ...]:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3g}"
+
+    measures = outcome.measures
+    colour = COLOURS.get(outcome.verdict, "dim")
+    why = "; ".join((*outcome.differences, *outcome.reasons))
+    verdict = f"[{colour}]{outcome.verdict}[/]" + (f" {escape(why)}" if why else "")
+    ratio, lse = number(measures.max_ratio), number(measures.lse_error)
+    return escape(outcome.case.label), str(outcome.ver), ratio, lse, verdict
+
+
+if __name__ == "__main__":
+    main()

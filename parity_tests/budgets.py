@@ -1,0 +1,217 @@
+"""How large an error may be, and why. Every tolerance of the harness is in this file.
+
+The judge is FlashAttention's own rule: an output may be off from exact attention by a small
+multiple of what plain PyTorch is off in the same dtype. Exact is float64 here, where
+FlashAttention's tests round the exact result to the input dtype first; the rounding terms below
+restore what that rounding absorbs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from parity_tests.cases import Case
+
+Tensor = torch.Tensor
+
+# max|out - ref| <= MAX_MULT * max|pt - ref| + floor: FlashAttention's test_flash_attn_output.
+MAX_MULT = 2.0
+# A kernel that caps scores in another order than PyTorch rounds differently: 3, as there.
+MAX_MULT_SOFTCAP = 3.0
+# mean|out - ref| <= MEAN_MULT * mean|pt - ref| + floor: test_flash_attn_kvcache.
+MEAN_MULT = 1.5
+# The absolute term of test_flash_attn_kvcache.
+KVCACHE_ATOL = 1e-5
+# The LSE is float32 whatever the input dtype: its error comes from float32 sums and exponentials
+# (near 1e-6 for scores of ordinary size), and 1e-3 is what merging states in 16 bits can bear.
+LSE_ATOL = 1e-3
+# How many (token, head) rows it takes until the luck of single rows has averaged out: a row whose
+# few weights round to nothing in the baseline gives a mean error of just the output's rounding.
+LUCKY_ROWS = 16
+# float32 only: exponents are taken in base 2, so scores are multiplied by log2(e) and rounded once
+# more than in PyTorch. At |score| <= 16 that is 16 * 2**-24 * ln 2, plus 2 units of the hardware's
+# exp2: below 2**-20 relative to the weights.
+FLOAT32_EXP2 = 2.0**-20
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a call must return. Rows of padding are NaN in all three tensors."""
+
+    out: Tensor  # float64
+    lse: Tensor  # float64
+    baseline: Tensor  # what PyTorch computes in the input dtype, held in float64
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a backend returned."""
+
+    out: Tensor
+    lse: Tensor | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The budget of one comparison; a known difference may widen it for its own reason."""
+
+    max_mult: float = MAX_MULT
+    mean_mult: float = MEAN_MULT
+    lse_atol: float = LSE_ATOL
+    empty_lse: tuple[float, ...] = ()  # values accepted for rows without keys, beside the right one
+    padding_may_be_written: bool = False
+    relative: float = 0.0  # added to both rules, as a part of the exact values' size
+
+    @classmethod
+    def of(cls, case: Case) -> "Limits":
+        """The rule that holds for everybody."""
+        return cls(max_mult=MAX_MULT_SOFTCAP if case.softcap > 0 else MAX_MULT)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How far a result is off; None where there was nothing to compare."""
+
+    max_error: float | None = None
+    max_budget: float | None = None
+    max_ratio: float | None = None  # max|out - ref| over max|pt - ref|
+    mean_ratio: float | None = None
+    lse_error: float | None = None
+
+
+def _floors(case: Case, ref: Tensor) -> tuple[float, float]:
+    """Absolute terms of the max and of the mean rule, from the exact values alone."""
+    dtype = getattr(torch, case.dtype)
+    rounded = ref.to(dtype)
+    rounding = (rounded.double() - ref).abs()
+    if case.entry == "kvcache":
+        max_floor = KVCACHE_ATOL + rounding.max().item()
+    else:  # twice the rounding of values near 0.3, as in FlashAttention's tests
+        max_floor = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
+        max_floor = max(max_floor, rounding.max().item())
+    rows = ref.shape[0]
+    mean_floor = rounding.mean().item() * min(1.0, (LUCKY_ROWS / rows) ** 0.5)
+    if dtype == torch.float32:
+        mean_floor += FLOAT32_EXP2 * ref.abs().mean().item()
+    return max_floor, mean_floor
+
+
+def judge(
+    case: Case, result: Result, truth: Truth, limits: Limits
+) -> tuple[Measures, tuple[str, ...]]:
+    """Measure a result and list everything that is wrong with it; an empty list is agreement."""
+    problems = _form(case, result, truth)
+    if problems:
+        return Measures(), problems
+    measures, problems = _judge_out(case, result.out, truth, limits)
+    if result.lse is not None:
+        lse_error, lse_problems = _judge_lse(result.lse, truth.lse, limits)
+        measures = Measures(
+            measures.max_error,
+            measures.max_budget,
+            measures.max_ratio,
+            measures.mean_ratio,
+            lse_error,
+        )
+        problems += lse_problems
+    return measures, problems
+
+
+def _form(case: Case, result: Result, truth: Truth) -> tuple[str, ...]:
+    """Shapes and dtypes, before any value is looked at."""
+    problems = []
+    if result.out.shape != truth.out.shape:
+        problems.append(f"out has shape {tuple(result.out.shape)}, not {tuple(truth.out.shape)}")
+    if result.out.dtype != getattr(torch, case.dtype):
+        problems.append(f"out is {result.out.dtype}, the inputs are {case.dtype}")
+    if case.lse and result.lse is None:
+        problems.append("no lse although it was asked for")
+    if result.lse is not None:
+        if result.lse.shape != truth.lse.shape:
+            shapes = f"{tuple(result.lse.shape)}, not {tuple(truth.lse.shape)}"
+            problems.append(f"lse has shape {shapes}")
+        if result.lse.dtype != torch.float32:
+            problems.append(f"lse is {result.lse.dtype}, not float32")
+    return tuple(problems)
+
+
+def _judge_out(
+    case: Case, out: Tensor, truth: Truth, limits: Limits
+) -> tuple[Measures, tuple[str, ...]]:
+    problems = []
+    real = ~truth.out[..., 0].isnan()  # (token, head) rows that belong to a query
+    padding = out[~real]
+    if case.out and not limits.padding_may_be_written and not padding.isnan().all():
+        problems.append("rows beyond the query lengths were written")
+    if not real.any():
+        return Measures(), tuple(problems)
+
+    got, ref, baseline = out[real].double(), truth.out[real], truth.baseline[real]
+    bad = ~got.isfinite()
+    if bad.any():
+        rows = bad.any(-1).nonzero().flatten().tolist()
+        kind = "unwritten or NaN" if got.isnan().any() else "infinite"
+        problems.append(
+            f"out is {kind} in {len(rows)} of {len(got)} (token, head) rows, first {rows[:4]}"
+        )
+        return Measures(), tuple(problems)
+
+    empty = (ref == 0).all(-1)
+    if (got[empty] != 0).any():
+        problems.append("out is not zero in a row that sees no key")
+
+    error, allowed = (got - ref).abs(), (baseline - ref).abs()
+    max_floor, mean_floor = _floors(case, ref)
+    max_error, max_baseline = error.max().item(), allowed.max().item()
+    mean_error, mean_baseline = error.mean().item(), allowed.mean().item()
+    max_floor += limits.relative * ref.abs().max().item()
+    mean_floor += limits.relative * ref.abs().mean().item()
+    max_budget = limits.max_mult * max_baseline + max_floor
+    mean_budget = limits.mean_mult * mean_baseline + mean_floor
+    if max_error > max_budget:
+        problems.append(
+            f"max error {max_error:.3e} > {max_budget:.3e}"
+            f" = {limits.max_mult:g} x {max_baseline:.3e} + {max_floor:.3e}"
+        )
+    if mean_error > mean_budget:
+        problems.append(
+            f"mean error {mean_error:.3e} > {mean_budget:.3e}"
+            f" = {limits.mean_mult:g} x {mean_baseline:.3e} + {mean_floor:.3e}"
+        )
+    measures = Measures(
+        max_error=max_error,
+        max_budget=max_budget,
+        max_ratio=_ratio(max_error, max_baseline),
+        mean_ratio=_ratio(mean_error, mean_baseline),
+    )
+    return measures, tuple(problems)
+
+
+def _ratio(error: float, baseline: float) -> float | None:
+    """None where the baseline is exact: a ratio to nothing says nothing."""
+    return error / baseline if baseline > 0 else None
+
+
+def _judge_lse(lse: Tensor, truth: Tensor, limits: Limits) -> tuple[float | None, tuple[str, ...]]:
+    real = ~truth.isnan()
+    got, ref = lse[real].double(), truth[real]
+    if got.isnan().any():
+        return None, ("lse is unwritten or NaN",)
+    problems = []
+    wrong = got.isinf() != ref.isinf()
+    wrong |= got.isinf() & ref.isinf() & (got != ref)
+    for value in limits.empty_lse:
+        wrong &= got != value
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        problems.append(
+            f"lse is infinite in the wrong places: {int(wrong.sum())} of {len(got)},"
+            f" first {got[first].item():g} for {ref[first].item():g}"
+        )
+    both = got.isfinite() & ref.isfinite()
+    if not both.any():
+        return None, tuple(problems)
+    error = (got[both] - ref[both]).abs().max().item()
+    if error > limits.lse_atol:
+        problems.append(f"lse error {error:.3e} > {limits.lse_atol:.3e}")
+    return error, tuple(problems)

@@ -1,0 +1,125 @@
+"""Where FlashAttention-3 and -4, or Triton's interpreter, differ by design.
+
+An entry widens the budget of the cases it applies to, or says that they cannot be compared. A
+result inside the ordinary budget still counts as agreement: an entry is never needed to pass.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from parity_tests.budgets import Limits
+from parity_tests.cases import Case
+
+FA3, FA4 = 3, 4
+
+
+def _same(limits: Limits, _case: Case) -> Limits:
+    return limits
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One documented disagreement."""
+
+    id: str
+    reason: str
+    where: str  # who says so, or how it was seen
+    applies: Callable[[Case, Any], bool]
+    widen: Callable[[Limits, Case], Limits] = _same
+    comparable: bool = True  # False: the backend is not run at all
+    needs_clean_inputs: bool = False  # True: zeros in place of NaN, page 0 in place of garbage
+
+
+def has_empty_rows(case: Case) -> bool:
+    """Whether some query row may see no key at all (an upper bound, cheap to tell)."""
+    if 0 in case.seqlens_k:
+        return True
+    left, right = case.window
+    reaches_out = any(sq > sk for sq, sk in zip(case.seqlens_q, case.seqlens_k, strict=True))
+    return reaches_out and (
+        case.causal or (right is not None and right >= 0) or (left is not None and left >= 0)
+    )
+
+
+def _fast_tanh_lse(limits: Limits, case: Case) -> Limits:
+    # tanh.approx.f32 has a relative error of 2**-11, so a capped score is off by at most
+    # softcap * 2**-11, and the log of a sum of exponentials by no more than its worst score.
+    return dataclasses.replace(limits, lse_atol=limits.lse_atol + case.softcap * 2.0**-11)
+
+
+def _accept_empty_lse(*values: float) -> Callable[[Limits, Case], Limits]:
+    return lambda limits, _case: dataclasses.replace(limits, empty_lse=(*limits.empty_lse, *values))
+
+
+def _truncation(limits: Limits, _case: Case) -> Limits:
+    # bfloat16 keeps 8 bits: cutting the rest off is wrong by up to 2**-7 of a value, once for the
+    # weights and once for the result, and always in the same direction.
+    return dataclasses.replace(limits, relative=2.0**-6)
+
+
+DIFFERENCES = (
+    Difference(
+        id="interpreter-truncates-bfloat16",
+        reason="Triton's interpreter cuts float32 off to bfloat16 instead of rounding it",
+        where="seen with Triton 3.6.0 and 3.9.0: triton/runtime/interpreter.py",
+        applies=lambda case, ver: (
+            ver == "triton"
+            and case.dtype == "bfloat16"
+            and os.environ.get("TRITON_INTERPRET") == "1"
+        ),
+        widen=_truncation,
+    ),
+    Difference(
+        id="unused-slots-must-be-finite",
+        reason="unused slots of a loaded tile meet weights of zero, and 0 * NaN is NaN;"
+        " page ids of unused table entries are loaded",
+        where="Dao-AILab/flash-attention#2374; FA4 4.0.0b36 documents it for the tail page",
+        applies=lambda _case, ver: ver in (FA3, FA4),
+        needs_clean_inputs=True,
+    ),
+    Difference(
+        id="fast-tanh",
+        reason="softcap uses the hardware's approximate tanh",
+        where="hopper/utils.h and flash_attn/cute/utils.py: tanh.approx.f32",
+        applies=lambda case, ver: ver in (FA3, FA4) and case.softcap > 0,
+        widen=_fast_tanh_lse,
+    ),
+    Difference(
+        id="fa3-sink-without-key-block",
+        reason="a tile without any key block writes lse -inf and leaves the sink out",
+        where="hopper/epilogue_fwd.hpp store_zero, as built in sgl-kernel",
+        applies=lambda case, ver: ver == FA3 and case.sinks and has_empty_rows(case),
+        widen=_accept_empty_lse(-float("inf")),
+    ),
+    Difference(
+        id="fa3-empty-key-tensor",
+        reason="when the key tensor itself has no element, the host fills lse with +inf",
+        where="hopper/flash_api.cpp: total_k == 0",
+        applies=lambda case, ver: (
+            ver == FA3 and case.kv_layout != "paged" and sum(case.seqlens_k) + case.pad_k == 0
+        ),
+        widen=_accept_empty_lse(float("inf")),
+    ),
+    Difference(
+        id="fa3-more-than-64-sinks",
+        reason="sinks are staged in 64 shared-memory entries without a check: reads out of bounds",
+        where="hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, as built in sgl-kernel",
+        applies=lambda case, ver: ver == FA3 and case.sinks and case.heads_q > 64,
+        comparable=False,
+    ),
+    Difference(
+        id="fa4-padding-rows",
+        reason="rows beyond seqused_q may be written as zeros",
+        where="flash_attn/cute/interface.py 4.0.0b36",
+        applies=lambda case, ver: ver == FA4 and case.out and case.pad_q + case.tail_q > 0,
+        widen=lambda limits, _case: dataclasses.replace(limits, padding_may_be_written=True),
+    ),
+)
+
+
+def known(case: Case, ver: Any) -> tuple[Difference, ...]:
+    """The entries that apply to this case on this backend."""
+    return tuple(entry for entry in DIFFERENCES if entry.applies(case, ver))

@@ -1,0 +1,176 @@
+"""Run one case on one backend and say what came of it. Nothing is ever skipped in silence."""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import reference
+import triton_fa
+from parity_tests.budgets import Limits, Measures, Result, Truth, judge
+from parity_tests.cases import Case
+from parity_tests.known_differences import known
+from triton_fa.errors import BackendUnavailableError, UnsupportedError
+
+Tensor = torch.Tensor
+Ver = str | int
+Call = Callable[[Case, dict[str, Any], Ver], Any]
+
+VERS: tuple[Ver, ...] = ("triton", "torch", 3, 4)
+# Our own: a legal case that one of these refuses is a fault. FA3 and FA4 may refuse.
+OWN = ("triton", "torch")
+
+AGREES, KNOWN, REFUSED = "agrees", "known difference", "refused"
+UNAVAILABLE, FAILED, NOT_RUN = "unavailable", "failed", "not run"
+CONTEXT_LOST = "CUDA context lost"
+
+# Arguments of the public functions that say how to compute, not what: the reference has none.
+_HOW = ("out", "num_splits", "return_softmax_lse")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one case on one backend."""
+
+    case: Case
+    ver: Ver
+    verdict: str
+    reasons: tuple[str, ...] = ()
+    measures: Measures = field(default_factory=Measures)
+    differences: tuple[str, ...] = ()  # ids in known_differences
+    seconds: float = 0.0
+
+    @property
+    def is_failure(self) -> bool:
+        """A wrong result, or a legal case that our own code would not take."""
+        return self.verdict == FAILED or (
+            self.ver in OWN and self.verdict in (REFUSED, UNAVAILABLE)
+        )
+
+    @property
+    def ran(self) -> bool:
+        """Whether the backend computed something that was compared."""
+        return self.verdict in (AGREES, KNOWN, FAILED)
+
+    def describe(self) -> str:
+        """One line for a terminal."""
+        why = "; ".join((*self.differences, *self.reasons))
+        return f"{self.ver}: {self.verdict}{': ' if why else ''}{why}  [{self.case.label}]"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its exact result and its baseline: computed once, used by every backend."""
+
+    case: Case
+    device: str
+    truth: Truth
+
+    @classmethod
+    def of(cls, case: Case, device: str) -> "Prepared":
+        """Compute the truth of a case from its poisoned inputs."""
+        if torch.get_float32_matmul_precision() != "highest":  # it would widen every float32 budget
+            raise RuntimeError("the float32 baseline needs full float32 products, TF32 is on")
+        arguments = case.materialise(device)
+        entry = getattr(reference, case.function)
+        what = {name: value for name, value in arguments.items() if name not in _HOW}
+        out, lse = entry(**what)
+        baseline, _ = entry(**what, attend=reference.attend_low_precision)
+        for tensor in (out, baseline):  # a NaN of the judge must not pass for padding
+            rows = int((~tensor[..., 0].isnan()).sum())
+            if rows != sum(case.seqlens_q) * case.heads_q:
+                raise AssertionError(f"the reference is NaN in a row that counts: {case}")
+        return cls(case, device, Truth(out, lse, baseline))
+
+    def arguments(self, *, poison: bool = True) -> dict[str, Any]:
+        """Fresh arguments of the public call."""
+        return self.case.materialise(self.device, poison=poison)
+
+
+def public_call(case: Case, arguments: dict[str, Any], ver: Ver) -> Any:
+    """Call the public function as a user would, without fallback."""
+    with triton_fa.strict():
+        return getattr(triton_fa, case.function)(**arguments, ver=ver)
+
+
+def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outcome:
+    """Run a prepared case on one backend and judge it."""
+    case = prepared.case
+    entries = known(case, ver)
+    for entry in entries:
+        if not entry.comparable:
+            reasons = (f"not comparable: {entry.reason}",)
+            return Outcome(case, ver, KNOWN, reasons, differences=(entry.id,))
+
+    poison = not any(entry.needs_clean_inputs for entry in entries)
+    arguments = prepared.arguments(poison=poison)
+    started = time.perf_counter()
+
+    def outcome(verdict: str, *reasons: str, **more: Any) -> Outcome:
+        return Outcome(case, ver, verdict, reasons, seconds=time.perf_counter() - started, **more)
+
+    try:
+        result = _result(case, call(case, arguments, ver), arguments)
+        if prepared.device.startswith("cuda"):
+            torch.cuda.synchronize()
+    except UnsupportedError as error:
+        return outcome(REFUSED, *error.reasons)
+    except BackendUnavailableError as error:
+        return outcome(UNAVAILABLE, str(error.reason))
+    except Exception as error:  # noqa: BLE001  whatever a backend raises is a failure of the case
+        return outcome(FAILED, *_what_went_wrong(error, prepared.device))
+
+    limits = Limits.of(case)
+    measures, problems = judge(case, result, prepared.truth, limits)
+    if not problems:
+        return outcome(AGREES, measures=measures)
+    used = []
+    for entry in entries:
+        wider = entry.widen(limits, case)
+        if wider != limits:
+            limits = wider
+            used.append(entry.id)
+    measures, remaining = judge(case, result, prepared.truth, limits)
+    if not remaining:
+        return outcome(KNOWN, *problems, measures=measures, differences=tuple(used))
+    return outcome(FAILED, *remaining, measures=measures)
+
+
+def context_is_lost() -> bool:
+    """Whether an earlier error has left CUDA unusable for the rest of this process."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").add_(1).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _result(case: Case, returned: Any, arguments: dict[str, Any]) -> Result:
+    if case.lse:
+        if not isinstance(returned, tuple) or len(returned) < 2:
+            raise TypeError(f"expected (out, lse, ...), got {type(returned).__name__}")
+        out, lse = returned[0], returned[1]
+    else:
+        out, lse = returned, None
+    for tensor in (out, lse) if case.lse else (out,):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"expected a tensor, got {type(tensor).__name__}")
+    given = arguments.get("out")
+    if given is not None and (out.data_ptr(), out.stride()) != (given.data_ptr(), given.stride()):
+        raise ValueError("the returned out is not the buffer given as out=")
+    return Result(out, lse)
+
+
+def _what_went_wrong(error: Exception, device: str) -> tuple[str, ...]:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} in {frame.name}"
+    text = " ".join(str(error).split())[:500]
+    reasons = (f"{type(error).__name__}: {text} ({where})",)
+    lost = device.startswith("cuda") and context_is_lost()
+    return (*reasons, CONTEXT_LOST) if lost else reasons

@@ -1,0 +1,19 @@
+"""Attention in float64 and plain indexing: the judge of every backend. Imports torch only."""
+
+from reference.attention import Rules, attend, visible_keys
+from reference.entries import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+from reference.low_precision import attend_low_precision
+
+__all__ = [
+    "Rules",
+    "attend",
+    "attend_low_precision",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "visible_keys",
+]

@@ -1,0 +1,385 @@
+"""The benchmarks' arithmetic on the CPU: workloads, counters, ratios, inputs and the judge."""
+
+import dataclasses
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import triton_fa
+from bench import counters, judge, report, workloads
+from bench.__main__ import main, parse
+from bench.environment import kernel_digest
+from bench.inputs import Inputs, make_inputs
+from bench.measure import Measurement, Outcome, as_json, measure
+from bench.timing import ROTATION_BYTES, Flusher, Times, copies_for, ratio
+from bench.variants import VARIANTS, bind
+from bench.workloads import CORE, GRID, LLAMA3_8B, Workload, decode, find, prefill, shrunk
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL = [row for rows in (*CORE.values(), *GRID.values()) for row in rows]
+SIDE = st.none() | st.integers(-12, 24)
+CPU = torch.device("cpu")
+
+
+def brute_force(q_len: int, k_len: int, left: int | None, right: int | None) -> tuple[int, int]:
+    visible = [
+        (i, j)
+        for i in range(q_len)
+        for j in range(k_len)
+        if (left is None or j >= i + k_len - q_len - left)
+        and (right is None or j <= i + k_len - q_len + right)
+    ]
+    return len(visible), len({j for _, j in visible})
+
+
+@given(st.integers(0, 9), st.integers(0, 12), st.none() | st.integers(0, 15), SIDE)
+def test_visible_counts_equal_brute_force(
+    q_len: int, k_len: int, left: int | None, right: int | None
+) -> None:
+    right = None if right is not None and right < 0 else right
+    pairs, keys = brute_force(q_len, k_len, left, right)
+    assert counters.visible_pairs(q_len, k_len, left, right) == pairs
+    assert counters.visible_keys(q_len, k_len, left, right) == keys
+
+
+def test_flops_of_a_causal_square_are_half_and_the_diagonal() -> None:
+    row = find("1x16384.32/8x128")
+    n = 16384
+    assert counters.flops(row) == 4 * 128 * 32 * (n * n + n) // 2
+    assert counters.flops(find("1x16384.32/8x128.full")) == 4 * 128 * 32 * n * n
+
+
+def test_decode_bytes_are_keys_values_query_and_output() -> None:
+    row = find("16x8192.32/8x128.p16")
+    kv = 16 * 8192 * 8 * 128 * 2 * 2
+    qo = 16 * 32 * 128 * 2 * 2
+    assert counters.mandatory_bytes(row) == kv + qo
+    with_lse = find("16x8192.32/8x128.p16.lse")
+    assert counters.mandatory_bytes(with_lse) == kv + qo + 16 * 32 * 4
+
+
+def test_a_window_bounds_the_bytes() -> None:
+    row = find("16x32768.32/8x128.p16.w1024")
+    kv = 16 * 1025 * 8 * 128 * 2 * 2  # the row's own position and 1024 before it
+    assert counters.mandatory_bytes(row) == kv + 16 * 32 * 128 * 2 * 2
+
+
+def test_every_page_size_is_counted_in_the_cache() -> None:
+    row = dataclasses.replace(decode([17], LLAMA3_8B), page_size=16)
+    assert counters.cache_bytes(row) == 32 * 8 * 128 * 2 * 2
+
+
+def test_names_are_unique_within_and_across_sets() -> None:
+    by_name: dict[str, Workload] = {}
+    for row in ALL:
+        assert by_name.setdefault(row.name, row) == row, row.name
+
+
+def test_rows_are_hashable_and_repeatable() -> None:
+    assert len({*ALL}) <= len(ALL)
+    again = workloads.without_repetition(workloads.decode_core())
+    assert again == workloads.DECODE
+    assert workloads.without_repetition(workloads.prefill_core()) == workloads.PREFILL
+
+
+# The random length lists are part of a row's meaning: a change of them is another row.
+PINNED = {
+    "skew32.32/8x128.p16": 309_760,
+    "zipf128.32/8x128.p16": 177_979,
+    "lognormal32k.32/8x128": 32_768,
+    "giant64.32/8x128.p16": 97_792,
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_length_lists_stay_what_they_were(name: str) -> None:
+    assert sum(find(name).k_lens) == PINNED[name]
+
+
+def test_core_holds_the_rows_that_results_are_quoted_from() -> None:
+    """One line per promise: (kind, batch, longest keys, heads, page size or None)."""
+    core = {
+        (kind, r.batch, max(r.k_lens), str(r.heads), r.page_size)
+        for kind, rows in CORE.items()
+        for r in rows
+    }
+    small = [(1, 1024), (8, 512), (4, 2048), (1, 8192), (32, 1024), (64, 512), (256, 64)]
+    expected = [("decode", b, k, "32/8x128", 16) for b, k in small]
+    expected += [("decode", 16, 8192, "32/8x128", p) for p in (1, 16, 64, 128, 256)]
+    expected += [("decode", 16, 4096, f"{h}/{h}x128", 16) for h in (24, 40, 96)]
+    expected += [("decode", 16, 4096, f"32/8x{d}", 16) for d in (80, 96, 160, 192)]
+    expected += [("decode", b, k, "8/1x128", 16) for b, k in ((1024, 128), (8192, 32), (1, 16384))]
+    expected += [("decode", 1, 131072, "32/8x128", 16), ("decode", 32, 8192, "16/8x256", 64)]
+    expected += [("prefill", 1, 16384, h, None) for h in ("32/8x128", "16/8x256", "64/8x64")]
+    expected += [("prefill", 2, 8192, "32/8x128", p) for p in (None, 16, 64, 128, 256)]
+    expected += [("prefill", b, k, "32/8x128", 64) for b in (1, 8) for k in (4096, 32768, 131072)]
+    expected += [("prefill", 8192, 34, "32/8x128", None), ("prefill", 2, 8192, "24/24x128", None)]
+    expected += [("prefill", 4, 4096, f"32/8x{d}", None) for d in (80, 96, 128, 160)]
+    assert core >= set(expected)
+
+
+def test_every_row_is_consistent() -> None:
+    for row in ALL:
+        assert counters.mandatory_bytes(row) > 0, row.name
+        assert counters.flops(row) > 0, row.name
+        lens = zip(row.q_lens, row.k_lens, strict=True)
+        assert all(0 < q <= k for q, k in lens), row.name
+        assert counters.cache_bytes(row) <= 2 * workloads.MAX_CACHE_BYTES, row.name
+        small = shrunk(row)
+        assert max(small.k_lens) <= 64, row.name
+        assert small.heads == row.heads, row.name
+
+
+def test_select_searches_names_and_families() -> None:
+    assert {r.page_size for r in workloads.select("decode", r"^16x8192\.32/8x128\.p\d+$")} == {
+        1,
+        16,
+        64,
+        128,
+        256,
+    }
+    assert all(r.family == "skewed" for r in workloads.select("decode", "^skewed$"))
+    assert workloads.select("decode", "no such row") == ()
+    assert len(workloads.select("decode", wide=True)) > 100
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "longtail", "bimodal"])
+def test_distributions_are_deterministic_and_bounded(distribution: str) -> None:
+    make = getattr(workloads, distribution)
+    lens = make(64, 8192, seed=3)
+    assert lens == make(64, 8192, seed=3)
+    assert len(lens) == 64
+    assert 1 <= min(lens) <= max(lens) <= 8192
+
+
+@given(st.integers(1, 100_000), st.integers(0, 5))
+def test_lognormal_reaches_its_total_exactly(total: int, seed: int) -> None:
+    lens = workloads.lognormal(total, seed)
+    assert sum(lens) == total
+    assert min(lens) >= 1
+
+
+def test_page_tables_name_every_page_once() -> None:
+    inputs = make_inputs(decode((33, 1, 64), LLAMA3_8B, page_size=16), CPU)
+    table = inputs.page_table
+    assert table is not None
+    used = [table[i, : -(-k // 16)] for i, k in enumerate(inputs.row.k_lens)]
+    pages = torch.cat(used).sort().values
+    torch.testing.assert_close(pages, torch.arange(len(inputs.k), dtype=torch.int32))
+    assert not torch.equal(torch.cat(used), pages)  # shuffled
+
+
+def tiny(row: Workload) -> Inputs:
+    return make_inputs(dataclasses.replace(shrunk(row, top=24), dtype="float32"), CPU)
+
+
+def dense_mask(row: Workload, index: int) -> torch.Tensor:
+    q_len, k_len = row.q_lens[index], row.k_lens[index]
+    left, right = counters.bounds(row)
+    distance = torch.arange(k_len) - torch.arange(k_len - q_len, k_len)[:, None]
+    mask = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        mask &= distance >= -left
+    if right is not None:
+        mask &= distance <= right
+    return mask
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "skew32.32/8x128.p16",
+        "16x8192.32/8x128.p16.q4",
+        "16x32768.32/8x128.p16.w1024",
+        "1x16384.64/8x64.full",
+        "1x8192.16/16x192,128",
+        "2x8192.24/24x128.full.dense",
+        "chunk.1x1024of4096.32/8x128.p64",
+    ],
+)
+def test_the_judge_agrees_with_pytorch(name: str) -> None:
+    inputs = tiny(find(name))
+    row = inputs.row
+    q = inputs.q.flatten(0, 1) if row.dense else inputs.q
+    for index, (first, last, want) in enumerate(judge.expected(inputs)):
+        k, v = judge.keys_of(inputs, index)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q[first:last].transpose(0, 1),
+            k.transpose(0, 1),
+            v.transpose(0, 1),
+            attn_mask=dense_mask(row, index),
+            enable_gqa=True,
+        )
+        torch.testing.assert_close(want, out.transpose(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_judge_works_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = tiny(find("1x16384.32/8x128.w1024"))
+    whole = torch.cat([want for _, _, want in judge.expected(inputs)])
+    monkeypatch.setattr(judge, "SCORE_ELEMENTS", 32 * 24 * 5)
+    pieces = list(judge.expected(inputs))
+    assert len(pieces) > 1
+    torch.testing.assert_close(torch.cat([want for _, _, want in pieces]), whole)
+
+
+def test_the_judge_counts_a_sink_in_the_denominator_only() -> None:
+    inputs = tiny(find("8x32768.64/8x64.p16.w128.sinks"))
+    assert inputs.sinks is not None
+    with_huge = dataclasses.replace(inputs, sinks=torch.full_like(inputs.sinks, 50.0))
+    for _, _, want in judge.expected(with_huge):
+        assert float(want.abs().max()) < 1e-6
+
+
+def test_the_judge_rejects_a_wrong_row_and_a_nan() -> None:
+    inputs = tiny(find("8x512.32/8x128.p16"))
+    out = torch.cat([want for _, _, want in judge.expected(inputs)])
+    assert judge.judge(inputs, out) <= 1e-6
+    assert judge.judge(inputs, out, out) == 0
+    wrong = out.clone()
+    wrong[1, 3, 5] += 0.1 * wrong[1, 3].abs().max()
+    assert judge.judge(inputs, wrong) > judge.budget(inputs)
+    wrong[0, 0, 0] = math.nan
+    assert judge.judge(inputs, wrong) == math.inf
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "giant64.32/8x128.p16",
+        "16x8192.16/8x256.p16.cap50",
+        "8x32768.64/8x64.p16.w1024.sinks",
+        "ragged9.32/8x128",
+        "2x8192.24/24x128.full.dense",
+        "mixed.31x2048+2048of8192.32/8x128.p16",
+    ],
+)
+def test_the_torch_backend_passes_the_judge(name: str) -> None:
+    """The whole path of a row but for timing, on the backend that runs everywhere."""
+    inputs = tiny(find(name))
+    with triton_fa.strict():
+        bound = bind(VARIANTS["torch"], inputs)
+        out = bound.call(inputs)
+    assert judge.judge(inputs, out) <= 1e-3
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> Flusher:
+    """A device to measure on that has no clock: every call runs once and takes 7 µs."""
+
+    def once(calls: dict[str, Any], flush: Any, bursts: int) -> dict[str, tuple[float, ...]]:
+        flush()
+        for call in calls.values():
+            call()
+        return {label: (7.0,) * bursts for label in calls}
+
+    monkeypatch.setattr("bench.measure.interleaved", once)
+    return Flusher("cpu", size=1024)
+
+
+def test_a_row_is_checked_timed_and_reported(untimed: Flusher) -> None:
+    row = dataclasses.replace(shrunk(find("8x512.32/8x128.p16"), top=24), dtype="float32")
+    done = measure(row, ["torch", "3"], untimed, bursts=3)
+    outcome = done.outcomes["torch"]
+    assert outcome.correct
+    assert outcome.against == "fp32"
+    assert outcome.times.clean == outcome.times.dirty == (7.0,) * 3
+    assert outcome.times.chain == (7.0 / 20,) * 3
+    assert done.outcomes["3"].skipped
+    assert report.summary([done], ["torch", "3"]).count("skipped") == 1
+
+
+def test_a_wrong_variant_is_not_timed(untimed: Flusher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "BUDGET", -1.0)
+    row = dataclasses.replace(shrunk(find("8x512.32/8x128.p16"), top=24), dtype="float32")
+    done = measure(row, ["torch"], untimed, bursts=3)
+    assert done.failed == ["torch"]
+    assert done.outcomes["torch"].times == Times()
+
+
+def test_ratios_are_taken_within_bursts() -> None:
+    base, ours = (10.0, 20.0, 30.0), (5.0, 10.0, 30.0)
+    assert ratio(base, ours) == 2.0
+    assert ratio((), ours) is None
+    assert Times(clean=base).best("clean") == 20.0
+    assert Times().best("chain") is None
+
+
+def test_a_chain_rotates_over_more_than_the_l2() -> None:
+    for size in (1, 2**20, 8 * 2**20, 64 * 2**20):
+        copies = copies_for(size)
+        assert 2 <= copies <= 20
+        assert copies == 20 or copies * size >= ROTATION_BYTES
+
+
+def measured(name: str, ours: float, base: float) -> Measurement:
+    row = find(name)
+    outcomes = {
+        "triton": Outcome(Times(clean=(ours,) * 3), deviation=0.001, correct=True),
+        "3": Outcome(Times(clean=(base,) * 3)),
+        "4": Outcome(skipped="not installed"),
+    }
+    return Measurement(row, outcomes, counters.mandatory_bytes(row), counters.flops(row))
+
+
+def test_the_table_shows_times_rates_ratios_and_what_is_missing() -> None:
+    rows = [measured("1x1024.32/8x128.p16", 10, 20), measured("16x8192.32/8x128.p16", 130, 130)]
+    text = report.summary(rows, ["triton", "3", "4"])
+    first = next(line for line in text.splitlines() if line.startswith("1x1024"))
+    assert "2.00" in first
+    assert "0.42 TB" in first
+    assert "skipped" in first
+    assert "all rows: geometric mean 1.414, least 1.00, 2 rows" in text
+    assert "rows up to 150 MB: geometric mean 2.000" in text
+    assert "! 4: not installed (1x1024.32/8x128.p16 and 1 more)" in text
+    assert max(map(len, text.splitlines())) < 200
+
+
+def test_a_wrong_row_is_said_and_recorded() -> None:
+    row = measured("1x1024.32/8x128.p16", 10, 20)
+    row.outcomes["triton"].correct = False
+    assert "WRONG" in report.summary([row], ["triton", "3", "4"])
+    assert row.failed == ["triton"]
+    assert json.loads(json.dumps(as_json(row)))["variants"]["triton"]["correct"] is False
+
+
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(["decode", "--backend", "triton,3"]).labels == ["triton", "3"]
+    with pytest.raises(SystemExit):
+        parse(["decode", "--backend", "fa2"])
+    assert main(["prefill", "--rows", "ragged9", "--list"]) == 0
+    assert capsys.readouterr().out.split() == ["ragged9.32/8x128"]
+    assert main(["decode", "--rows", "no such row"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_without_a_gpu_nothing_is_claimed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["decode", "--rows", "1x1024"]) == 3
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+def test_committed_results_name_their_rows_and_origin() -> None:
+    """A result of other kernel sources is history, not wrong: it warns, it does not fail."""
+    for path in sorted((ROOT / "bench" / "results").glob("*.json")):
+        content = json.loads(path.read_text())
+        where = content["environment"]
+        for label in ("gpu", "nvidia_smi", "torch", "triton", "commit", "command", "date"):
+            assert where[label], (path.name, label)
+        for row in content["rows"]:
+            find(row["name"])
+        if where["kernel_digest"] != kernel_digest():
+            warnings.warn(f"{path.name} was measured with other kernel sources", stacklevel=1)
+
+
+def test_mutating_a_prefill_helper_would_show() -> None:
+    row = prefill([128, 64], LLAMA3_8B)
+    assert row.q_lens == row.k_lens == (128, 64)
+    assert row.layout == "packed"
+    assert find("2x8192.32/8x128.p16").layout == "paged"
+    assert find("2x8192.24/24x128.full.dense").layout == "dense"

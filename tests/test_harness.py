@@ -1,0 +1,459 @@
+"""The harness itself: a wrong result must be reported, whatever is wrong with it."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import reference
+from parity_tests import __main__ as command_line
+from parity_tests import device as device_module
+from parity_tests import known_differences, model_case, named, report, strategies, suite
+from parity_tests.cases import Case
+from parity_tests.runners import (
+    AGREES,
+    FAILED,
+    KNOWN,
+    NOT_RUN,
+    REFUSED,
+    UNAVAILABLE,
+    Outcome,
+    Prepared,
+    run_backend,
+)
+from triton_fa.errors import BackendUnavailableError, UnsupportedError
+
+CPU = device_module.Device("cpu", interpreted=True)
+CASE = Case(
+    q_layout="packed",
+    seqlens_q=(1, 4, 0, 9),
+    seqlens_k=(33, 4, 5, 0),
+    causal=True,
+    heads_q=6,
+    heads_kv=2,
+    spare_pages=2,
+    table_slack=2,
+    pad_k=3,
+)
+
+
+def exact(case: Case, arguments: dict[str, Any], _ver: Any = None) -> Any:
+    """A stub backend that is right: the exact result, rounded to the dtypes of a backend."""
+    what = {k: v for k, v in arguments.items() if k not in ("out", "num_splits")}
+    what.pop("return_softmax_lse", None)
+    out, lse = getattr(reference, case.function)(**what)
+    out, lse = out.to(getattr(torch, case.dtype)), lse.float()
+    given = arguments.get("out")
+    if given is not None:
+        written = ~out.isnan()
+        given[written] = out[written]
+        out = given
+    return (out, lse) if case.lse else out
+
+
+def judged(case: Case, spoil: Any = None, ver: Any = "triton") -> Outcome:
+    """Run the exact stub, its result spoiled, through the runner."""
+
+    def call(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+        out, lse = exact(case, arguments)
+        return (out, lse) if spoil is None else spoil(out, lse)
+
+    return run_backend(Prepared.of(case, "cpu"), ver, call)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stubs compute in PyTorch: what Triton's interpreter is excused for is not theirs."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def with_value(tensor: torch.Tensor, index: Any, value: float) -> torch.Tensor:
+    changed = tensor.clone()
+    changed[index] = value
+    return changed
+
+
+def test_the_exact_result_agrees() -> None:
+    outcome = judged(CASE)
+    assert outcome.verdict == AGREES, outcome.describe()
+    assert outcome.measures.max_ratio is not None
+    assert outcome.measures.max_ratio < 1
+    assert outcome.measures.lse_error is not None
+
+
+@pytest.mark.parametrize("entry", ["kvcache", "varlen", "dense"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_baseline_itself_agrees(entry: str, dtype: str) -> None:
+    case = next(c for c in named.small() if c.entry == entry and c.source == "random")
+    case = case.with_changes(dtype=dtype)
+
+    def baseline(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+        what = {k: v for k, v in arguments.items() if k not in ("out", "num_splits")}
+        what.pop("return_softmax_lse", None)
+        entry = getattr(reference, case.function)
+        out, _ = entry(**what, attend=reference.attend_low_precision)
+        return out.to(getattr(torch, case.dtype)), entry(**what)[1].float()
+
+    outcome = run_backend(Prepared.of(case, "cpu"), "torch", baseline)
+    assert outcome.verdict == AGREES, outcome.describe()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda o, s: (with_value(o, (0, 0, 0), 1.0), s), "max error"),
+        (lambda o, s: (o * 1.03, s), "mean error"),
+        (lambda o, s: (with_value(o, (2, 1, 3), math.nan), s), "NaN"),
+        (lambda o, s: (with_value(o, (2, 1, 3), math.inf), s), "infinite"),
+        (lambda o, s: (with_value(o, 3, math.nan), s), "unwritten"),
+        (lambda o, s: (with_value(o, 6, 1e-6), s), "not zero in a row that sees no key"),
+        (lambda o, s: (o, with_value(s, (0, 0), 9.0)), "lse error"),
+        (lambda o, s: (o, s + 0.002), "lse error"),
+        (lambda o, s: (o, with_value(s, (0, 0), -math.inf)), "wrong places"),
+        (lambda o, s: (o, with_value(s, (1, 6), 0.0)), "wrong places"),
+        (lambda o, s: (o, with_value(s, (1, 6), math.inf)), "wrong places"),
+        (lambda o, s: (o, with_value(s, (1, 6), math.nan)), "lse is unwritten or NaN"),
+        (lambda o, s: (o, s / math.log(2)), "lse error"),
+        (lambda o, s: (o, s.T), "lse has shape"),
+        (lambda o, s: (o, s.double()), "not float32"),
+        (lambda o, s: (o.float(), s), "out is torch.float32"),
+        (lambda o, s: (o[:-1], s), "out has shape"),
+        (lambda o, s: o, "expected (out, lse, ...)"),
+        (lambda o, s: (None, s), "expected a tensor"),
+        (lambda o, s: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_every_kind_of_wrong_result_is_a_failure(spoil: Any, says: str) -> None:
+    outcome = judged(CASE, spoil)
+    assert outcome.verdict == FAILED
+    assert outcome.is_failure
+    assert says in "; ".join(outcome.reasons)
+
+
+def test_two_heads_swapped_is_a_failure() -> None:
+    assert judged(CASE, lambda o, s: (o[:, [1, 0, 2, 3, 4, 5]], s)).verdict == FAILED
+
+
+MISTAKES = {
+    "the mask of the last key is off by one": ({"causal": True}, {"causal": False}),
+    "window one key wider": ({"window": (20, 0)}, {"window_size": (21, 0)}),
+    "window one key narrower": ({"window": (20, 0)}, {"window_size": (19, 0)}),
+    "a negative side taken literally": ({"window": (-1, 5)}, {"window_size": (0, 5)}),
+    "softcap dropped": ({"softcap": 15.0}, {"softcap": 0.0}),
+    "sinks dropped": ({"sinks": True}, {"sinks": None}),
+    "scale off by 2 %": ({}, {"softmax_scale": 1.02 * 64**-0.5}),
+    "the last key forgotten": ({}, {"cache_seqlens": torch.tensor([39, 49])}),
+    "the table of another sequence": ({}, {"page_table": [1, 0]}),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_plausible_mistakes_are_failures(name: str, dtype: str) -> None:
+    correct, changed = MISTAKES[name]
+    case = Case(dtype=dtype, seqlens_q=(2, 2), seqlens_k=(40, 50)).with_changes(**correct)
+
+    def mistaken(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        now = arguments | changed
+        if "page_table" in changed:
+            now["page_table"] = arguments["page_table"][changed["page_table"]]
+        return exact(case, now, ver)
+
+    prepared = Prepared.of(case.with_changes(lse=False), "cpu")
+    assert run_backend(prepared, "triton", exact).verdict == AGREES
+    assert run_backend(prepared, "triton", mistaken).verdict == FAILED
+
+
+def test_reading_one_poisoned_slot_is_a_failure() -> None:
+    def one_key_too_many(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        return exact(case, arguments | {"cache_seqlens": arguments["cache_seqlens"] + 1}, ver)
+
+    prepared = Prepared.of(CASE.with_changes(seqlens_k=(33, 4, 5, 1)), "cpu")
+    outcome = run_backend(prepared, "triton", one_key_too_many)
+    assert outcome.verdict == FAILED
+    assert "NaN" in outcome.reasons[0]
+
+
+def test_an_unwritten_row_of_the_given_buffer_is_a_failure() -> None:
+    case = CASE.with_changes(out=True, tail_q=2)
+
+    def forgetful(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        out, lse = exact(case, arguments, ver)
+        out[2, 1] = math.nan
+        return out, lse
+
+    prepared = Prepared.of(case, "cpu")
+    assert run_backend(prepared, "triton", exact).verdict == AGREES
+    assert run_backend(prepared, "triton", forgetful).verdict == FAILED
+
+
+def test_writing_padding_rows_or_another_buffer_is_a_failure() -> None:
+    prepared = Prepared.of(CASE.with_changes(out=True, tail_q=2), "cpu")
+
+    def overwriting(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        out, lse = exact(case, arguments, ver)
+        out[-1] = 0.0
+        return out, lse
+
+    def ignoring(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        out, lse = exact(case, arguments, ver)
+        return out.clone(), lse
+
+    assert "were written" in run_backend(prepared, "triton", overwriting).reasons[0]
+    assert "not the buffer" in run_backend(prepared, "triton", ignoring).reasons[0]
+
+
+def test_a_nan_of_the_reference_does_not_pass_for_padding(monkeypatch: Any) -> None:
+    real = reference.flash_attn_with_kvcache
+
+    def broken(*arguments: Any, **options: Any) -> Any:
+        out, lse = real(*arguments, **options)
+        out[0] = math.nan
+        return out, lse
+
+    monkeypatch.setattr(reference, "flash_attn_with_kvcache", broken)
+    with pytest.raises(AssertionError, match="NaN in a row that counts"):
+        Prepared.of(CASE, "cpu")
+
+
+def refuse(*_: Any) -> Any:
+    raise UnsupportedError("triton", ["head_dim 64", "sinks"])
+
+
+def missing(*_: Any) -> Any:
+    raise BackendUnavailableError(3, "no such package")
+
+
+def test_refused_and_unavailable_are_not_agreement() -> None:
+    prepared = Prepared.of(CASE, "cpu")
+    refused = run_backend(prepared, 3, refuse)
+    assert (refused.verdict, refused.reasons) == (REFUSED, ("head_dim 64", "sinks"))
+    assert not refused.ran
+    assert not refused.is_failure
+    assert run_backend(prepared, "triton", refuse).is_failure
+    absent = run_backend(prepared, 3, missing)
+    assert (absent.verdict, absent.reasons) == (UNAVAILABLE, ("no such package",))
+
+
+def run_of(call: Any, cases: list[Case], **options: Any) -> suite.Run:
+    run = suite.Run(suite.Options(CPU, **options), call)
+    run.go(cases)
+    return run
+
+
+def test_a_run_passes_only_if_something_ran_and_nothing_failed() -> None:
+    assert run_of(exact, [CASE], vers=("triton",)).verdict()[0]
+    assert run_of(exact, [], vers=("triton",)).verdict() == (False, "FAILED: nothing ran at all")
+    assert "nothing ran" in run_of(refuse, [CASE], vers=(3, 4)).verdict()[1]
+    wrong = run_of(lambda c, a, v: (exact(c, a)[0] * 2, exact(c, a)[1]), [CASE], vers=("triton",))
+    assert not wrong.verdict()[0]
+
+
+def test_required_peers_that_are_missing_fail_the_run() -> None:
+    def call(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        return missing() if ver == 3 else exact(case, arguments)
+
+    assert run_of(call, [CASE], vers=("triton", 3)).verdict()[0]
+    required = run_of(call, [CASE], vers=("triton", 3), require_peers=True)
+    assert not required.verdict()[0]
+
+
+def test_after_a_lost_cuda_context_nothing_more_is_run(monkeypatch: Any) -> None:
+    monkeypatch.setattr("parity_tests.runners.context_is_lost", lambda: True)
+    run = suite.Run(suite.Options(CPU, vers=("triton", "torch")), lambda *_: 1 / 0)
+    first = dataclasses.replace(Prepared.of(CASE, "cpu"), device="cuda")
+    monkeypatch.setattr(suite.Prepared, "of", lambda *_: first)
+    monkeypatch.setattr(Prepared, "arguments", lambda *_, **__: {})
+    run.go([CASE, CASE])
+    assert [o.verdict for o in run.outcomes] == [FAILED, NOT_RUN, NOT_RUN, NOT_RUN]
+    assert not run.verdict()[0]
+
+
+def test_fa4_variants_are_bounded_and_the_rest_is_said_loudly() -> None:
+    several = [CASE.with_changes(head_dim=d, head_dim_v=d) for d in (8, 16, 24)]
+    run = run_of(exact, several, vers=(4,), fa4_variants=2)
+    assert [o.verdict for o in run.outcomes] == [AGREES, AGREES, NOT_RUN]
+    assert any("Not run, 1 times: FA4 compiles at most 2" in text for text in report.limits(run))
+
+
+def test_a_known_difference_is_its_own_verdict_and_has_its_own_budget() -> None:
+    case = CASE.with_changes(softcap=50.0, causal=False)
+    slight, large = (lambda o, s, by=by: (o, s + by) for by in (0.01, 0.1))
+    assert judged(case, slight, ver=3).verdict == KNOWN
+    assert judged(case, slight, ver=3).differences == ("fast-tanh",)
+    assert judged(case, slight, ver="triton").verdict == FAILED
+    assert judged(case, large, ver=3).verdict == FAILED
+
+
+def test_a_sink_row_without_keys_may_be_minus_infinity_for_fa3_only() -> None:
+    case = CASE.with_changes(sinks=True)
+    empty = (slice(None), slice(5, 14))
+    spoil = lambda o, s: (o, with_value(s, empty, -math.inf))  # noqa: E731
+    assert judged(case, ver=3).verdict == AGREES
+    assert judged(case, spoil, ver=3).differences == ("fa3-sink-without-key-block",)
+    assert judged(case, spoil, ver="triton").verdict == FAILED
+    elsewhere = lambda o, s: (o, with_value(s, (0, 0), math.inf))  # noqa: E731
+    assert judged(case, elsewhere, ver=3).verdict == FAILED
+
+
+def test_peers_get_clean_inputs_with_the_same_values() -> None:
+    given: dict[Any, dict[str, Any]] = {}
+
+    def record(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        given[ver] = arguments
+        return exact(case, arguments)
+
+    prepared = Prepared.of(CASE, "cpu")
+    outcomes = [run_backend(prepared, ver, record) for ver in ("triton", 3)]
+    assert [o.verdict for o in outcomes] == [AGREES, AGREES]
+    assert given["triton"]["k_cache"].isnan().any()
+    assert not given[3]["k_cache"].isnan().any()
+    table, pages = given[3]["page_table"], given[3]["k_cache"].shape[0]
+    assert ((table >= 0) & (table < pages)).all()
+    assert (given["triton"]["page_table"] < 0).any()
+    used = ~given["triton"]["k_cache"].isnan()
+    assert torch.equal(given["triton"]["k_cache"][used], given[3]["k_cache"][used])
+
+
+@pytest.mark.parametrize("case", named.small(), ids=lambda case: case.name)
+def test_cases_survive_json(case: Case) -> None:
+    assert Case.from_json(case.to_json()) == case
+
+
+def test_generated_cases_are_distinct_and_follow_the_seed() -> None:
+    first = strategies.generate(40, 3, strategies.FULL, 6)
+    assert first == strategies.generate(40, 3, strategies.FULL, 6)
+    assert first != strategies.generate(40, 4, strategies.FULL, 6)
+    assert len({case.identity() for case in first}) == 40
+    assert len({case.spec for case in first}) == 6
+    assert {case.entry for case in first} == {"kvcache", "varlen", "dense"}
+    assert max(case.work for case in first) <= strategies.FULL.work
+
+
+def test_every_small_case_is_small_and_every_generated_one_has_an_exact_result() -> None:
+    assert max(case.work for case in named.small()) < 2**17
+    for case in strategies.generate(24, 0, strategies.SMALL, 24):
+        assert run_backend(Prepared.of(case, "cpu"), "triton", exact).verdict == AGREES, case
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads_q": 5},
+        {"head_dim": 12},
+        {"page_size": 0},
+        {"kv_layout": "packed", "page_size": 0},
+        {"q_layout": "batched"},
+        {"lengths": "int"},
+        {"seqlens_k": (1, 2)},
+        {"pad_q": 1},
+        {"entry": "dense"},
+        {"dtype": "float64"},
+    ],
+)
+def test_an_illegal_case_cannot_be_made(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a legal case"):
+        CASE.with_changes(**changes)
+
+
+def test_the_repro_snippet_runs_the_case(capsys: Any, monkeypatch: Any) -> None:
+    seen = []
+    monkeypatch.setattr("parity_tests.runners.public_call", None)
+    monkeypatch.setattr(
+        "parity_tests.runners.run_backend", lambda prepared, ver: seen.append(prepared) or CASE_RUN
+    )
+    exec(CASE.repro_snippet("torch", "cpu"), {})
+    assert seen[0].case == CASE
+    assert "agrees" in capsys.readouterr().out
+
+
+CASE_RUN = Outcome(CASE, "torch", AGREES)
+
+
+def test_the_model_case_says_when_it_could_not_run(monkeypatch: Any) -> None:
+    def no_transformers(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(model_case.importlib, "import_module", no_transformers)
+    case = next(c for c in named.small() if c.source == "llama")
+    run = run_of(exact, [case], vers=("triton",))
+    assert run.outcomes[0].verdict == NOT_RUN
+    assert "could not run: transformers missing" in run.outcomes[0].reasons[0]
+    assert any("transformers missing" in sentence for sentence in report.limits(run))
+
+
+def test_every_known_difference_says_why_and_where() -> None:
+    entries = known_differences.DIFFERENCES
+    assert len({entry.id for entry in entries}) == len(entries)
+    for entry in entries:
+        assert entry.reason
+        assert entry.where
+        for dtype in ("float16", "float32"):
+            case = CASE.with_changes(sinks=True, softcap=5.0, out=True, dtype=dtype)
+            assert not entry.applies(case, "triton")
+            assert not entry.applies(case, "torch")
+
+
+def test_truncated_bfloat16_is_excused_in_the_interpreter_alone(monkeypatch: Any) -> None:
+    case = CASE.with_changes(entry="varlen", seqlens_q=(40, 33), seqlens_k=(40, 33), sinks=False)
+
+    def smaller(o: torch.Tensor, s: torch.Tensor) -> Any:
+        return (o * 0.988).to(torch.bfloat16), s
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    outcome = judged(case, smaller)
+    assert outcome.verdict == KNOWN, outcome.describe()
+    assert judged(case, lambda o, s: (o * 0.9, s)).verdict == FAILED
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert judged(case, smaller).verdict == FAILED
+
+
+def test_the_report_is_self_contained_and_escaped(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(report, "_backends", lambda _: {"triton": "here"})
+    hostile = CASE.with_changes(name="<script>alert(1)</script>")
+    run = run_of(exact, [hostile, CASE], vers=("triton", 3))
+    json_path, html_path = report.write(run, tmp_path / "made", "python -m parity_tests")
+    data = json.loads(json_path.read_text())
+    assert data["passed"]
+    assert len(data["outcomes"]) == 4
+    assert re.fullmatch("[0-9a-f]{64}", data["environment"]["kernel_digest"])
+    assert Case(**data["outcomes"][2]["fields"]) == CASE
+    html = html_path.read_text()
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", html)
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+
+
+@pytest.mark.parametrize(("call", "status"), [(exact, 0), (refuse, 1), (lambda *_: 1 / 0, 1)])
+def test_the_command_line_says_by_its_exit_status_whether_it_passed(
+    call: Any, status: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(device_module, "settle", lambda _: CPU)
+    monkeypatch.setattr(report, "_backends", lambda _: {})
+    monkeypatch.setattr(suite, "Run", functools.partial(suite.Run, call=call))
+    arguments = ["--cases", "2", "--filter", "varlen", "--repro", "--output", str(tmp_path / "x")]
+    result = CliRunner().invoke(command_line.main, arguments)
+    assert result.exit_code == status, result.output
+    assert "interpreter" in result.output
+    assert ("run_backend(prepared" in result.output) == (status == 1)
+    data = json.loads((tmp_path / "x" / "parity.json").read_text())
+    assert data["passed"] == (status == 0)
+    assert {o["ver"] for o in data["outcomes"]} == {"triton", "torch", "3", "4"}
+    assert not (tmp_path / "x" / "running.json").exists()
+
+
+def test_the_digest_follows_the_kernel_sources(tmp_path: Path, monkeypatch: Any) -> None:
+    kernels = tmp_path / "triton_fa" / "kernels"
+    kernels.mkdir(parents=True)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (kernels / "a.py").write_text("x = 1\n")
+    first = report.kernel_digest()
+    (kernels / "a.py").write_text("x = 2\n")
+    assert report.kernel_digest() != first

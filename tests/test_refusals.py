@@ -1,0 +1,461 @@
+"""Every argument that is not honoured is refused by name, and every wrong input says what it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import triton_fa
+from triton_fa.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ArgumentValueError,
+    LayoutError,
+    TritonFAError,
+    UnknownVersionError,
+    UnsupportedError,
+)
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+Arguments = dict[str, Any]
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def kvcache(**changes: Any) -> Arguments:
+    """A legal paged call: two sequences of one query and up to 8 keys."""
+    given: Arguments = {
+        "q": torch.zeros(2, 1, 4, 16),
+        "k_cache": torch.zeros(5, 4, 2, 16),
+        "v_cache": torch.zeros(5, 4, 2, 16),
+        "page_table": ints(0, 1, 2, 3).view(2, 2),
+        "cache_seqlens": ints(3, 8),
+    }
+    return given | changes
+
+
+def packed_kvcache(**changes: Any) -> Arguments:
+    """The same with packed queries."""
+    given = kvcache(q=torch.zeros(2, 4, 16), cu_seqlens_q=ints(0, 1, 2), max_seqlen_q=1)
+    return given | changes
+
+
+def varlen(**changes: Any) -> Arguments:
+    """A legal packed call: two sequences."""
+    given: Arguments = {
+        "q": torch.zeros(5, 4, 16),
+        "k": torch.zeros(7, 2, 16),
+        "v": torch.zeros(7, 2, 16),
+        "cu_seqlens_q": ints(0, 2, 5),
+        "cu_seqlens_k": ints(0, 3, 7),
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 4,
+    }
+    return given | changes
+
+
+def dense(**changes: Any) -> Arguments:
+    """A legal dense call."""
+    given: Arguments = {
+        "q": torch.zeros(2, 3, 4, 16),
+        "k": torch.zeros(2, 5, 2, 16),
+        "v": torch.zeros(2, 5, 2, 16),
+    }
+    return given | changes
+
+
+FUNCTIONS: dict[Callable[..., Arguments], Callable[..., Any]] = {
+    kvcache: triton_fa.flash_attn_with_kvcache,
+    packed_kvcache: triton_fa.flash_attn_with_kvcache,
+    varlen: triton_fa.flash_attn_varlen_func,
+    dense: triton_fa.flash_attn_func,
+}
+CALLS = list(FUNCTIONS)
+
+
+def call(make: Callable[..., Arguments], ver: Any = "torch", **changes: Any) -> Any:
+    return FUNCTIONS[make](**make(**changes), ver=ver)
+
+
+@pytest.mark.parametrize("make", CALLS)
+@pytest.mark.parametrize("ver", ["torch", "triton"])
+def test_the_legal_calls_of_this_file_are_legal(
+    make: Callable[..., Arguments], ver: str, device: str
+) -> None:
+    given = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in make().items()}
+    assert FUNCTIONS[make](**given, ver=ver).isfinite().all()
+
+
+ONE = torch.ones(1)
+REFUSED = {
+    "flash_attn_with_kvcache": {
+        "k": ONE,
+        "v": ONE,
+        "qv": ONE,
+        "rotary_cos": ONE,
+        "rotary_sin": ONE,
+        "rotary_seqlens": ONE,
+        "cache_batch_idx": ONE,
+        "cache_leftpad": ONE,
+        "q_descale": ONE,
+        "k_descale": ONE,
+        "v_descale": ONE,
+        "attention_chunk": 4,
+        "score_mod": max,
+        "aux_tensors": [ONE],
+        "mask_mod": max,
+        "only_qv": True,
+        "batch_invariant": True,
+    },
+    "flash_attn_varlen_func": {
+        "qv": ONE,
+        "q_descale": ONE,
+        "k_descale": ONE,
+        "v_descale": ONE,
+        "attention_chunk": 4,
+        "score_mod": max,
+        "aux_tensors": [ONE],
+        "mask_mod": max,
+        "only_qv": True,
+        "batch_invariant": True,
+    },
+    "flash_attn_func": {
+        "qv": ONE,
+        "q_descale": ONE,
+        "k_descale": ONE,
+        "v_descale": ONE,
+        "attention_chunk": 4,
+        "batch_invariant": True,
+    },
+}
+CALL_OF = {
+    "flash_attn_with_kvcache": kvcache,
+    "flash_attn_varlen_func": varlen,
+    "flash_attn_func": dense,
+}
+
+
+@pytest.mark.parametrize("ver", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("function", "name"), [(f, name) for f, names in REFUSED.items() for name in names]
+)
+def test_an_argument_that_is_not_honoured_is_refused_by_name(
+    function: str, name: str, ver: str, device: str
+) -> None:
+    given = CALL_OF[function]() | {name: REFUSED[function][name]}
+    given = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+    with pytest.raises(UnsupportedError, match=rf"\b{name}\b") as caught:
+        getattr(triton_fa, function)(**given, ver=ver)
+    assert caught.value.ver == ver
+    assert any(reason.startswith(name) for reason in caught.value.reasons)
+
+
+def test_all_reasons_are_named_at_once() -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        call(kvcache, qv=ONE, rotary_cos=ONE, mask_mod=max)
+    assert [reason.split()[0] for reason in caught.value.reasons] == [
+        "mask_mod",
+        "qv",
+        "rotary_cos",
+    ]
+
+
+def test_the_other_spelling_of_leftpad_is_refused_too() -> None:
+    with pytest.raises(UnsupportedError, match="cache_leftpad"):
+        call(kvcache, leftpad_k=ints(0, 0))
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_triton_names_a_head_dim_it_does_not_do(head_dim: int, device: str) -> None:
+    shape = (2, 3, 4, head_dim)
+    tensors = {name: torch.zeros(shape, device=device) for name in ("q", "k", "v")}
+    with pytest.raises(UnsupportedError, match=f"head_dim={head_dim}"):
+        triton_fa.flash_attn_func(**tensors, ver="triton")
+
+
+T = torch.zeros
+BAD_SHAPES: list[tuple[Callable[..., Arguments], Arguments, type[TritonFAError], str]] = [
+    # ranks
+    (kvcache, {"q": T(2, 4, 16)}, ArgumentError, "q: expected 4 dimensions"),
+    (packed_kvcache, {"q": T(2, 1, 4, 16)}, ArgumentError, "q: expected 3 dimensions"),
+    (kvcache, {"k_cache": T(20, 2, 16)}, ArgumentError, "k_cache: expected 4 dimensions"),
+    (varlen, {"k": T(2, 4, 2, 16)}, ArgumentError, "k: expected 3 dimensions"),
+    (kvcache, {"page_table": ints(0, 1)}, ArgumentError, "page_table: expected 2 dimensions"),
+    (varlen, {"cu_seqlens_q": ints(0, 2, 5).view(1, 3)}, ArgumentError, "cu_seqlens_q: expected 1"),
+    # sizes
+    (kvcache, {"v_cache": T(5, 3, 2, 16)}, ArgumentError, r"v_cache: expected shape \(5, 4, 2"),
+    (varlen, {"v": T(6, 2, 16)}, ArgumentError, r"v: expected shape \(7, 2, 16\)"),
+    (dense, {"k": T(3, 5, 2, 16)}, ArgumentError, "k: expected batch 2, got 3"),
+    (dense, {"k": T(2, 5, 2, 8)}, ArgumentError, "k: expected head_dim 16, got 8"),
+    (
+        kvcache,
+        {"cache_seqlens": ints(1, 2, 3)},
+        ArgumentError,
+        r"cache_seqlens: expected shape \(2",
+    ),
+    (kvcache, {"page_table": T(3, 2, dtype=torch.int32)}, ArgumentError, "page_table: expected sh"),
+    (varlen, {"cu_seqlens_k": ints(0, 7)}, ArgumentError, r"cu_seqlens_k: expected shape \(3,\)"),
+    (varlen, {"seqused_q": ints(1)}, ArgumentError, r"seqused_q: expected shape \(2,\)"),
+    (varlen, {"seqused_k": ints(1)}, ArgumentError, r"seqused_k: expected shape \(2,\)"),
+    (dense, {"sinks": T(3)}, ArgumentError, r"sinks: expected shape \(4,\)"),
+    (dense, {"out": T(2, 3, 4, 8)}, ArgumentError, r"out: expected shape \(2, 3, 4, 16\)"),
+    (
+        kvcache,
+        {"k_cache": T(5, 0, 2, 16), "v_cache": T(5, 0, 2, 16)},
+        ArgumentError,
+        "k_cache: expected page_size of at least 1",
+    ),
+    (
+        dense,
+        {"q": T(2, 3, 4, 0), "k": T(2, 5, 2, 0)},
+        ArgumentError,
+        "q: expected a head_dim of at least 1",
+    ),
+    (dense, {"v": T(2, 5, 2, 0)}, ArgumentError, "v: expected a head_dim of at least 1"),
+    # head ratio
+    (dense, {"q": T(2, 3, 3, 16)}, ArgumentError, "q: expected a number of heads .* got 3 and 2"),
+    (dense, {"q": T(2, 3, 0, 16)}, ArgumentError, "q: expected a number of heads .* got 0 and 2"),
+    (
+        kvcache,
+        {"k_cache": T(5, 4, 0, 16), "v_cache": T(5, 4, 0, 16)},
+        ArgumentError,
+        "multiple of k_cache's, got 4 and 0",
+    ),
+    # dtypes
+    (dense, {"q": T(2, 3, 4, 16, dtype=torch.float64)}, ArgumentError, "q: expected dtype float16"),
+    (dense, {"q": T(2, 3, 4, 16, dtype=torch.int32)}, ArgumentError, "q: expected dtype .* int32"),
+    (dense, {"k": T(2, 5, 2, 16).half()}, ArgumentError, "k: expected dtype float32, got float16"),
+    (kvcache, {"v_cache": T(5, 4, 2, 16).half()}, ArgumentError, "v_cache: expected dtype float32"),
+    (kvcache, {"cache_seqlens": T(2).long()}, ArgumentError, "cache_seqlens: .* int32, got int64"),
+    (kvcache, {"page_table": T(2, 2).long()}, ArgumentError, "page_table: expected dtype int32"),
+    (varlen, {"cu_seqlens_q": T(3).long()}, ArgumentError, "cu_seqlens_q: expected dtype int32"),
+    (dense, {"sinks": T(4).int()}, ArgumentError, "sinks: expected dtype"),
+    (dense, {"out": T(2, 3, 4, 16).half()}, ArgumentError, "out: expected dtype float32"),
+    (kvcache, {"scheduler_metadata": T(9)}, ArgumentError, "scheduler_metadata: expected dtype"),
+    # devices
+    (dense, {"k": T(2, 5, 2, 16, device="meta")}, ArgumentError, "k: expected device cpu"),
+    (dense, {"sinks": T(4, device="meta")}, ArgumentError, "sinks: expected device cpu"),
+    (dense, {"out": T(2, 3, 4, 16, device="meta")}, ArgumentError, "out: expected device cpu"),
+    (
+        kvcache,
+        {"page_table": ints(0, 1, 2, 3).view(2, 2).to("meta")},
+        ArgumentError,
+        "page_table: ",
+    ),
+    (kvcache, {"cache_seqlens": ints(1, 2).to("meta")}, ArgumentError, "cache_seqlens: .* device"),
+    # strides
+    (
+        kvcache,
+        {"k_cache": T(5, 4, 2, 32)[..., ::2]},
+        LayoutError,
+        "k_cache: expected last stride 1",
+    ),
+    (
+        kvcache,
+        {"v_cache": T(5, 4, 2, 32)[..., ::2]},
+        LayoutError,
+        "v_cache: expected last stride 1",
+    ),
+    (kvcache, {"page_table": T(2, 4).int()[:, ::2]}, ArgumentError, "page_table: expected last s"),
+    (kvcache, {"cache_seqlens": T(4).int()[::2]}, ArgumentError, "cache_seqlens: expected last st"),
+    (dense, {"sinks": T(8)[::2]}, ArgumentError, "sinks: expected stride 1"),
+    (dense, {"out": T(2, 3, 4, 32)[..., ::2]}, ArgumentError, "out: expected last stride 1"),
+    # not tensors
+    (dense, {"q": [1.0]}, ArgumentTypeError, "q: expected a tensor, got list"),
+    (dense, {"k": None}, ArgumentTypeError, "k: expected a tensor, got NoneType"),
+    (kvcache, {"v_cache": 3}, ArgumentTypeError, "v_cache: expected a tensor, got int"),
+    (kvcache, {"page_table": [[0, 1]]}, ArgumentTypeError, "page_table: expected a tensor"),
+    (kvcache, {"cache_seqlens": [3, 8]}, ArgumentTypeError, "cache_seqlens: expected a tensor"),
+    (kvcache, {"cache_seqlens": True}, ArgumentTypeError, "cache_seqlens: expected an int"),
+    (varlen, {"seqused_k": 3}, ArgumentTypeError, "seqused_k: expected a tensor"),
+    (varlen, {"cu_seqlens_q": [0, 2, 5]}, ArgumentTypeError, "cu_seqlens_q: expected a tensor"),
+    (dense, {"sinks": 0.5}, ArgumentTypeError, "sinks: expected a tensor"),
+    (dense, {"out": 0}, ArgumentTypeError, "out: expected a tensor"),
+    # missing and contradicting
+    (varlen, {"max_seqlen_q": None}, ArgumentValueError, "max_seqlen_q: expected an int"),
+    (varlen, {"max_seqlen_k": None}, ArgumentValueError, "max_seqlen_k: expected an int"),
+    (packed_kvcache, {"max_seqlen_q": None}, ArgumentError, "max_seqlen_q: expected an int"),
+    (
+        varlen,
+        {"cu_seqlens_k": None, "page_table": T(2, 2).int(), "k": T(5, 4, 2, 16)},
+        ArgumentValueError,
+        "seqused_k: expected the key lengths together with page_table",
+    ),
+    (varlen, {"page_table": T(2, 2).int()}, ArgumentError, "cu_seqlens_k: expected None together"),
+    (kvcache, {"block_table": T(2, 2).int()}, ArgumentValueError, "page_table and block_table"),
+    (kvcache, {"seqused_k": ints(3, 8)}, ArgumentValueError, "cache_seqlens and seqused_k"),
+    (
+        varlen,
+        {"seqused_k": ints(3, 4), "cache_seqlens": ints(3, 4)},
+        ArgumentValueError,
+        "seqused_k",
+    ),
+    (
+        dense,
+        {"sinks": T(4), "learnable_sink": T(4)},
+        ArgumentValueError,
+        "sinks and learnable_sink",
+    ),
+    (
+        varlen,
+        {"s_aux": T(4), "learnable_sink": T(4)},
+        ArgumentValueError,
+        "s_aux and learnable_sink",
+    ),
+    # numbers
+    (
+        kvcache,
+        {"cache_seqlens": 9},
+        ArgumentError,
+        r"at most 8 \(what page_table can hold\), got 9",
+    ),
+    (kvcache, {"cache_seqlens": -1}, ArgumentValueError, "cache_seqlens: expected at least 0"),
+    (varlen, {"max_seqlen_q": -1}, ArgumentValueError, "max_seqlen_q: expected at least 0"),
+    (varlen, {"max_seqlen_k": 2.0}, ArgumentTypeError, "max_seqlen_k: expected an int, got float"),
+    (dense, {"softcap": -1.0}, ArgumentValueError, "softcap: expected 0"),
+    (dense, {"softcap": float("nan")}, ArgumentValueError, "softcap: expected a finite number"),
+    (
+        dense,
+        {"softmax_scale": float("inf")},
+        ArgumentValueError,
+        "softmax_scale: expected a finite",
+    ),
+    (dense, {"softmax_scale": "big"}, ArgumentTypeError, "softmax_scale: expected a number"),
+    (dense, {"causal": "yes"}, ArgumentTypeError, "causal: expected a bool, got str"),
+    (dense, {"window_size": (1, 2, 3)}, ArgumentTypeError, "window_size: expected a pair"),
+    (dense, {"window_size": 3}, ArgumentTypeError, "window_size: expected a pair"),
+    (dense, {"window_size": (1.5, 0)}, ArgumentTypeError, "window_size: expected an int"),
+    (dense, {"num_splits": 1.5}, ArgumentTypeError, "num_splits: expected an int"),
+    (dense, {"sm_margin": -1}, ArgumentValueError, "sm_margin: expected at least 0"),
+    (dense, {"pack_gqa": 2}, ArgumentTypeError, "pack_gqa: expected a bool"),
+    (dense, {"return_attn_probs": "lse"}, ArgumentTypeError, "expected a bool"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "error", "message"),
+    BAD_SHAPES,
+    ids=[
+        f"{make.__name__}-{'-'.join(changes)}-{n}"
+        for n, (make, changes, _, _) in enumerate(BAD_SHAPES)
+    ],
+)
+def test_bad_input_raises_and_says_what_was_expected(
+    make: Callable[..., Arguments], changes: Arguments, error: type[TritonFAError], message: str
+) -> None:
+    given = make(**changes)
+    out = given.setdefault("out", None)
+    if out is None and make is dense:
+        given["out"] = torch.full((2, 3, 4, 16), 7.0)
+    with pytest.raises(error, match=message):
+        FUNCTIONS[make](**given, ver="torch")
+    if out is None and make is dense:
+        assert (given["out"] == 7.0).all(), "out was written"
+
+
+def test_a_page_table_too_narrow_for_a_known_length_is_refused_before_anything_is_written() -> None:
+    out = torch.full((2, 1, 4, 16), 7.0)
+    with pytest.raises(ArgumentError, match="cache_seqlens: expected at most 8"):
+        call(kvcache, cache_seqlens=9, out=out)
+    assert (out == 7.0).all()
+
+
+def test_a_dense_cache_too_short_for_a_known_length_is_refused() -> None:
+    changes = {"page_table": None, "k_cache": T(2, 8, 2, 16), "v_cache": T(2, 8, 2, 16)}
+    with pytest.raises(ArgumentError, match="what k_cache can hold"):
+        call(kvcache, **changes, cache_seqlens=9)
+
+
+@pytest.mark.parametrize("ver", [2, 5, "3", "fa3", "", True, 3.0, b"triton", [3]])
+def test_an_unknown_version_is_refused(ver: Any) -> None:
+    with pytest.raises(UnknownVersionError, match="unknown flash attention version"):
+        call(dense, ver=ver)
+    with pytest.raises(RuntimeError):
+        call(dense, ver=ver)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "sinks", "out"])
+def test_a_gradient_is_refused_and_no_grad_is_the_way_out(name: str) -> None:
+    given = dense(sinks=T(4), out=T(2, 3, 4, 16))
+    given[name].requires_grad_()
+    with pytest.raises(ArgumentError, match=f"{name}: expected no gradient"):
+        triton_fa.flash_attn_func(**given, ver="torch")
+    with torch.no_grad():
+        triton_fa.flash_attn_func(**given, ver="torch")
+    with pytest.raises(ArgumentError, match=f"{name}: expected no gradient"):
+        triton_fa.flash_attn_func(**given, ver="torch")
+
+
+def test_a_refusal_is_not_remembered_as_a_legal_call() -> None:
+    given = kvcache()
+    for _ in range(2):
+        with pytest.raises(ArgumentError):
+            triton_fa.flash_attn_with_kvcache(**given | {"cache_seqlens": 9}, ver="torch")
+    assert triton_fa.flash_attn_with_kvcache(**given, ver="torch").isfinite().all()
+
+
+def test_the_same_object_under_two_spellings_is_no_contradiction() -> None:
+    sinks = T(4)
+    assert call(dense, sinks=sinks, learnable_sink=sinks).isfinite().all()
+
+
+COMBINE_BAD: list[tuple[Arguments, type[TritonFAError], str]] = [
+    ({"out_partial": 1}, ArgumentTypeError, "out_partial: expected a tensor"),
+    ({"out_partial": T(2, 3, 4)}, ArgumentError, "out_partial: expected 4 or 5 dimensions"),
+    (
+        {"out_partial": T(2, 1, 3, 4, 8).half()},
+        ArgumentError,
+        "out_partial: expected dtype float32",
+    ),
+    ({"lse_partial": T(2, 1, 3, 5)}, ArgumentError, r"lse_partial: expected shape \(2, 1, 3, 4\)"),
+    ({"lse_partial": T(2, 1, 3, 4).double()}, ArgumentError, "lse_partial: expected dtype"),
+    ({"lse_partial": T(2, 1, 3, 4, device="meta")}, ArgumentError, "that of out_partial"),
+    (
+        {"out_partial": T(257, 1, 1, 1, 8), "lse_partial": T(257, 1, 1, 1)},
+        ArgumentError,
+        "at most 256 splits, got 257",
+    ),
+    ({"out_dtype": torch.float64}, ArgumentError, "out_dtype: expected float16"),
+    ({"out_dtype": "half"}, ArgumentTypeError, "out_dtype: expected a dtype, got str"),
+    ({"out": T(1, 3, 4, 9)}, ArgumentError, r"out: expected shape \(1, 3, 4, 8\)"),
+    ({"out": T(1, 3, 4, 8).half(), "out_dtype": torch.float32}, ArgumentError, "out: expected dt"),
+    ({"out": T(1, 3, 4, 8).double()}, ArgumentError, "out: expected dtype"),
+    ({"out_partial": T(2, 1, 3, 4, 8).requires_grad_()}, ArgumentError, "expected no gradient"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), COMBINE_BAD)
+def test_combine_refuses_bad_input(
+    changes: Arguments, error: type[TritonFAError], message: str
+) -> None:
+    given = {"out_partial": T(2, 1, 3, 4, 8), "lse_partial": T(2, 1, 3, 4)} | changes
+    with pytest.raises(error, match=message):
+        triton_fa.flash_attn_combine(**given)
+
+
+MERGE_BAD: list[tuple[Arguments, type[TritonFAError], str]] = [
+    ({"v_a": None}, ArgumentTypeError, "v_a: expected a tensor"),
+    ({"v_a": T(3, 8)}, ArgumentError, "v_a: expected 3 dimensions"),
+    ({"v_a": T(3, 4, 8).int()}, ArgumentError, "v_a: expected dtype"),
+    ({"v_b": T(3, 4, 9)}, ArgumentError, r"v_b: expected shape \(3, 4, 8\)"),
+    ({"v_b": T(3, 4, 8).half()}, ArgumentError, "v_b: expected dtype float32"),
+    ({"s_a": T(4, 3)}, ArgumentError, r"s_a: expected shape \(3, 4\)"),
+    ({"s_b": T(3, 4).half()}, ArgumentError, "s_b: expected dtype float32"),
+    ({"s_b": None}, ArgumentTypeError, "s_b: expected a tensor"),
+    ({"v_merged": T(3, 4, 9)}, ArgumentError, "v_merged: expected shape"),
+    ({"s_merged": T(3, 4, device="meta")}, ArgumentError, "that of v_a"),
+    ({"s_a": T(3, 4).requires_grad_()}, ArgumentError, "s_a: expected no gradient"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), MERGE_BAD)
+def test_merge_refuses_bad_input(
+    changes: Arguments, error: type[TritonFAError], message: str
+) -> None:
+    given = {"v_a": T(3, 4, 8), "s_a": T(3, 4), "v_b": T(3, 4, 8), "s_b": T(3, 4)} | changes
+    with pytest.raises(error, match=message):
+        triton_fa.merge_state(**given)

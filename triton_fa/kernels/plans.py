@@ -1,0 +1,364 @@
+"""What to launch for a problem: kernels, grids, arguments and workspace, decided on the host.
+
+Everything here follows from shapes, dtypes, strides and device facts, never from lengths on the
+device; so a plan holds for every call with the same launch key, and for captured graphs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from triton_fa.device import DeviceFacts
+from triton_fa.kernels.combine import combine_kernel
+from triton_fa.kernels.compat import INTERPRETED
+from triton_fa.kernels.decode import decode_kernel
+from triton_fa.kernels.prefill import prefill_kernel
+from triton_fa.problem import AttnResult, Problem, Tensors
+from triton_fa.schedule.tiles import (
+    PrefillTile,
+    decode_programs,
+    decode_tile,
+    next_power_of_2,
+    panels,
+    prefill_tile,
+)
+from triton_fa.spec import AttnSpec
+
+LOG2E = math.log2(math.e)
+MAX_DECODE_ROWS = 64
+"""A sequence with at most this many query rows per kv head belongs to the decode path."""
+
+Pointers = tuple[Any, ...]
+PointersOf = Callable[[Tensors, AttnResult, torch.Tensor | None], Pointers]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLaunch:
+    """One kernel launch. `pointers` picks its leading arguments out of a call's tensors."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    values: dict[str, Any]
+    options: dict[str, Any]
+    pointers: PointersOf
+    described: bool = False  # some pointers are tensor descriptors
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The launches of one call, in order, and the floats of workspace they share."""
+
+    launches: tuple[PlannedLaunch, ...]
+    workspace_size: int
+
+
+def plan(problem: Problem, device: DeviceFacts) -> Plan:
+    """The launches that compute `problem` on `device`.
+
+    Both paths are launched where the host cannot tell which one the sequences belong to; each
+    kernel leaves the other's sequences alone.
+    """
+    spec, bounds = problem.spec, problem.bounds
+    most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
+    rows = _decode_rows(problem, most_rows)
+    common = _common(problem)
+    launches: tuple[PlannedLaunch, ...] = ()
+    workspace_size = 0
+    if most_rows > rows:
+        launches += (_prefill(problem, device, rows, most_rows, common),)
+    if rows:
+        decode, workspace_size = _decode(problem, device, rows, common)
+        launches += decode
+    return Plan(launches, workspace_size)
+
+
+def _decode_rows(problem: Problem, most_rows: int) -> int:
+    """Rows of the decode kernel, a power of two; 0 where no sequence can be on its path."""
+    spec = problem.spec
+    if spec.num_splits == 1:
+        return 0  # unsplit rows are what the prefill kernel computes
+    if most_rows <= MAX_DECODE_ROWS:
+        return next_power_of_2(most_rows)
+    if spec.query_layout == "dense" and problem.tensors.seqused_q is None:
+        return 0 if spec.q_heads_per_kv != most_rows or most_rows > 128 else 128
+    if spec.q_heads_per_kv > MAX_DECODE_ROWS:
+        return 128 if spec.q_heads_per_kv <= 128 else 0
+    return MAX_DECODE_ROWS
+
+
+def _strides(name: str, tensor: torch.Tensor, packed: bool) -> dict[str, int]:
+    """(batch or page, token, head) strides; a packed tensor has no batch."""
+    return {
+        f"{name}_stride_b": 0 if packed else tensor.stride(0),
+        f"{name}_stride_t": tensor.stride(-3),
+        f"{name}_stride_h": tensor.stride(-2),
+    }
+
+
+def _out_strides(problem: Problem, packed: bool) -> dict[str, int]:
+    """Strides of the result, which is the caller's buffer or a new contiguous tensor."""
+    out, q = problem.tensors.out, problem.tensors.q
+    heads, dim = q.shape[-2], problem.spec.head_dim_v
+    if out is not None:
+        strides = _strides("out", out, packed)
+    else:
+        per_batch = 0 if packed else q.shape[1] * heads * dim
+        strides = {
+            "out_stride_b": per_batch,
+            "out_stride_t": heads * dim,
+            "out_stride_h": dim,
+        }
+    tokens = q.shape[-3]
+    return strides | {
+        "lse_stride_b": 0 if packed else heads * tokens,
+        "lse_stride_t": 1,
+        "lse_stride_h": tokens,
+    }
+
+
+def _common(problem: Problem) -> dict[str, Any]:
+    """The arguments that the kernels share, by name."""
+    spec, bounds, tensors = problem.spec, problem.bounds, problem.tensors
+    packed_q = spec.query_layout == "packed"
+    packed_k = spec.key_layout == "packed"
+    capacity = tensors.k.shape[0] if packed_k else bounds.max_seqlen_k
+    left = -1 if spec.window_left >= capacity - 1 else spec.window_left
+    right = -1 if spec.window_right >= bounds.max_seqlen_q - 1 else spec.window_right
+    return {
+        **_out_strides(problem, packed_q),
+        **_strides("q", tensors.q, packed_q),
+        **_strides("k", tensors.k, packed_k),
+        **_strides("v", tensors.v, packed_k),
+        "table_stride": 0 if tensors.page_table is None else tensors.page_table.stride(0),
+        "batch": bounds.batch,
+        "total_q": bounds.total_q,
+        "total_k": max(1, capacity),
+        "fixed_seqlen_q": bounds.max_seqlen_q,
+        "fixed_seqlen_k": bounds.fixed_seqlen_k or 0,
+        "max_seqlen_k": bounds.max_seqlen_k,
+        "num_pages": tensors.k.shape[0],
+        "window_left": None if left < 0 else left,
+        "window_right": None if right < 0 else right,
+        **_scales(spec),
+        "NUM_HEADS_KV": spec.num_heads_kv,
+        "GROUP": spec.q_heads_per_kv,
+        "HEAD_DIM": spec.head_dim,
+        "HEAD_DIM_V": spec.head_dim_v,
+        "PAGE_SIZE": spec.page_size,
+        "HAS_SOFTCAP": spec.softcap > 0,
+        "HAS_LSE": problem.return_lse,
+        "NEGATE": spec.softmax_scale < 0,
+        "IEEE": spec.dtype == torch.float32,
+        "INTERPRETED": INTERPRETED,
+    }
+
+
+def _scales(spec: AttnSpec) -> dict[str, float]:
+    """The positive factors of the base-2 scores; a scale of 0 stays a factor, not a NaN."""
+    scale = max(abs(spec.softmax_scale), 1e-30)
+    if spec.softcap > 0:
+        return {
+            "scale_log2": 2 * LOG2E * scale / spec.softcap,
+            "softcap_log2": LOG2E * spec.softcap,
+        }
+    return {"scale_log2": scale * LOG2E, "softcap_log2": 0.0}
+
+
+def _arguments(kernel: Any, common: dict[str, Any], **own: Any) -> dict[str, Any]:
+    """The shared arguments that `kernel` takes, and its own."""
+    return {name: common[name] for name in kernel.arg_names if name in common} | own
+
+
+def _block_b(batch: int) -> int:
+    """Sequences looked at together: few sizes, so that few variants are compiled."""
+    return 32 if batch <= 32 else 256 if batch <= 256 else 1024
+
+
+def _decode(
+    problem: Problem, device: DeviceFacts, rows: int, common: dict[str, Any]
+) -> tuple[tuple[PlannedLaunch, ...], int]:
+    """The attention and the merge launch of the decode path, and their workspace."""
+    spec, bounds = problem.spec, problem.bounds
+    tile = decode_tile(spec, device, rows)
+    programs = decode_programs(device, tile, spec.num_heads_kv, spec.sm_margin)
+    d0, d1 = panels(spec.head_dim)
+    v0, v1 = panels(spec.head_dim_v)
+    # Programmatic dependent launch: the merge starts while the attention kernel still runs.
+    pdl = device.kind == "cuda" and device.arch >= (9, 0)
+    shared = {
+        "PROGRAMS": programs,
+        "MAX_ROWS": rows,
+        "ROWS": rows,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_B": _block_b(bounds.batch),
+        "ONE_BLOCK": bounds.batch <= _block_b(bounds.batch),
+        "PDL": pdl,
+    }
+    attend = PlannedLaunch(
+        decode_kernel,
+        (programs, 1, 1),
+        _arguments(
+            decode_kernel,
+            common,
+            **shared,
+            D0=d0,
+            D1=d1,
+            V0=v0,
+            V1=v1,
+            BLOCK_M=max(16, rows),
+            ONE_TOKEN=bounds.max_seqlen_q == 1,
+            SAME_STRIDES=problem.tensors.k.stride() == problem.tensors.v.stride(),
+            LAZY_MASK=rows > 16,
+        ),
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        _decode_pointers,
+    )
+    block_p, block_r, warps = _merge_shape(programs, bounds.batch, spec, rows)
+    merge = PlannedLaunch(
+        combine_kernel,
+        (programs, rows // block_r, 1),
+        _arguments(
+            combine_kernel,
+            common,
+            **shared,
+            V=v0 + v1,
+            BLOCK_V=next_power_of_2(v0 + v1),
+            BLOCK_R=block_r,
+            BLOCK_P=block_p,
+        ),
+        {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
+        _merge_pointers,
+    )
+    return (attend, merge), 2 * programs * rows * (v0 + v1 + 2)
+
+
+def _merge_shape(programs: int, batch: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]:
+    """(partials, rows) that one program of the merge holds at once, and its warps.
+
+    About 4096 accumulators a warp; one warp needs no reductions across warps.
+    """
+    pieces = next_power_of_2(programs // spec.num_heads_kv // batch + 2)
+    warps = 1
+    block_p = max(8 if rows > 16 else 16, min(32, pieces))
+    if pieces > 64:
+        block_p, warps = 64, 2
+    width = next_power_of_2(sum(panels(spec.head_dim_v)))
+    return block_p, max(1, min(rows, 4096 * warps // (block_p * width))), warps
+
+
+def _decode_pointers(
+    tensors: Tensors, result: AttnResult, workspace: torch.Tensor | None
+) -> Pointers:
+    return (
+        result.out,
+        result.lse,
+        workspace,
+        tensors.q,
+        tensors.k,
+        tensors.v,
+        tensors.page_table,
+        tensors.cu_seqlens_q,
+        tensors.cu_seqlens_k,
+        tensors.seqused_q,
+        tensors.seqused_k,
+        tensors.sinks,
+    )
+
+
+def _merge_pointers(
+    tensors: Tensors, result: AttnResult, workspace: torch.Tensor | None
+) -> Pointers:
+    return (
+        result.out,
+        result.lse,
+        workspace,
+        tensors.cu_seqlens_q,
+        tensors.cu_seqlens_k,
+        tensors.seqused_q,
+        tensors.seqused_k,
+        tensors.sinks,
+    )
+
+
+def _prefill(
+    problem: Problem,
+    device: DeviceFacts,
+    decode_rows: int,
+    most_rows: int,
+    common: dict[str, Any],
+) -> PlannedLaunch:
+    """The launch of the prefill path."""
+    spec, bounds = problem.spec, problem.bounds
+    tile = prefill_tile(spec, device, most_rows)
+    row_tiles = -(-most_rows // tile.block_m)
+    block_d = max(16, next_power_of_2(spec.head_dim))
+    block_dv = max(16, next_power_of_2(spec.head_dim_v))
+    described = _describable(problem, device, tile)
+
+    def pointers(tensors: Tensors, result: AttnResult, workspace: torch.Tensor | None) -> Pointers:
+        k_desc = v_desc = None
+        if described:
+            k_desc = _descriptor(tensors.k, tile.block_n, block_d)
+            v_desc = _descriptor(tensors.v, tile.block_n, block_dv)
+        return (
+            result.out,
+            result.lse,
+            tensors.q,
+            tensors.k,
+            tensors.v,
+            k_desc,
+            v_desc,
+            tensors.page_table,
+            tensors.cu_seqlens_q,
+            tensors.cu_seqlens_k,
+            tensors.seqused_q,
+            tensors.seqused_k,
+            tensors.sinks,
+        )
+
+    return PlannedLaunch(
+        prefill_kernel,
+        (row_tiles * bounds.batch * spec.num_heads_kv, 1, 1),
+        _arguments(
+            prefill_kernel,
+            common,
+            num_row_tiles=row_tiles,
+            DECODE_ROWS=decode_rows,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
+        ),
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        pointers,
+        described,
+    )
+
+
+def _describable(problem: Problem, device: DeviceFacts, tile: PrefillTile) -> bool:
+    """Whether keys and values can be read through tensor descriptors (Hopper's TMA)."""
+    spec = problem.spec
+    if INTERPRETED or device.kind != "cuda" or device.arch < (9, 0):
+        return False
+    if spec.key_layout == "paged" and spec.page_size % tile.block_n:
+        return False
+    for tensor in (problem.tensors.k, problem.tensors.v):
+        bytes_apart = [s * tensor.element_size() for s in tensor.stride()[:-1]]
+        if tensor.data_ptr() % 16 or any(b % 16 or b <= 0 for b in bytes_apart):
+            return False
+    return True
+
+
+def _descriptor(tensor: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor:
+    """A descriptor of [batch or pages, tokens, heads, dim] that reads block_n tokens of a head."""
+    if tensor.dim() == 3:
+        tensor = tensor.unsqueeze(0)
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), [1, block_n, 1, block_d]
+    )
