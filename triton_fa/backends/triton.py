@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from triton_fa import device as device_facts
 from triton_fa.backends.base import Run
 from triton_fa.kernels.compat import INTERPRETED
 from triton_fa.kernels.launch import Launch
-from triton_fa.kernels.plans import plan
+from triton_fa.kernels.plans import call_tensors, plan
 from triton_fa.problem import AttnResult, Problem, Tensors
 from triton_fa.spec import AttnSpec
 
@@ -64,30 +65,48 @@ class TritonBackend:
 def _launches(problem: Problem) -> Run:
     device = problem.spec.device
     planned = plan(problem, device_facts.facts(device))
-    example = _buffers(problem, problem.tensors)
     size = planned.workspace_size
-    workspace = torch.empty(size, dtype=torch.float32, device=device)
-    launches = [
+    part = torch.empty(size, dtype=torch.float32, device=device)
+    example = call_tensors(problem.tensors, _buffers(problem, problem.tensors), part)
+    steps = [
         (
+            step,
             Launch(
                 step.kernel,
                 step.grid,
-                step.pointers(problem.tensors, example, workspace),
+                step.pointers(example),
                 step.values,
                 step.options,
                 device,
-                direct=not step.described,
             ),
-            step.pointers,
         )
         for step in planned.launches
     ]
+    direct = [
+        (launch.direct, operator.itemgetter(*step.indices()))
+        for step, launch in steps
+        if launch.direct is not None
+    ]
+    all_direct = len(direct) == len(steps)
+
+    def enqueue(given: tuple[torch.Tensor | None, ...]) -> None:
+        if all_direct:
+            addresses = [None if t is None else t.data_ptr() for t in given]
+            for launch, pick in direct:
+                launch(pick(addresses))
+        else:
+            for step, dispatched in steps:
+                dispatched(step.pointers(given))
 
     def run(tensors: Tensors) -> AttnResult:
         result = _buffers(problem, tensors)
-        workspace = torch.empty(size, dtype=torch.float32, device=device) if size else None
-        for launch, pointers in launches:
-            launch(*pointers(tensors, result, workspace))
+        part = torch.empty(size, dtype=torch.float32, device=device) if size else None
+        given = call_tensors(tensors, result, part)
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                enqueue(given)
+        else:
+            enqueue(given)
         return result
 
     return run

@@ -76,7 +76,9 @@ def combine_kernel(
     windows = (window_left, window_right)
     part_stat_ptr = part_ptr + 2 * PROGRAMS * ROWS * V
     pid = tl.program_id(0)
-    total_tiles, tiles = total_and_tiles(batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B)
+    total_tiles, tiles = total_and_tiles(
+        batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+    )
     head, index, first, share, extra = program_range(pid, total_tiles, NUM_HEADS_KV, PROGRAMS)
     final = first + share + (index < extra).to(tl.int32) - 1
     if PROGRAMS % NUM_HEADS_KV == 0:

@@ -98,6 +98,7 @@ def decode_kernel(
     ONE_BLOCK: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
     SAME_STRIDES: tl.constexpr,
+    WIDE_SLOTS: tl.constexpr,
     LAZY_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -128,7 +129,9 @@ def decode_kernel(
     # Row maximum (base 2) and row sum of every partial result.
     part_stat_ptr = part_ptr + 2 * PROGRAMS * ROWS * (V0 + V1)
     pid = tl.program_id(0)
-    total_tiles, tiles = total_and_tiles(batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B)
+    total_tiles, tiles = total_and_tiles(
+        batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+    )
     head, index, position, share, extra = program_range(pid, total_tiles, NUM_HEADS_KV, PROGRAMS)
     count = share + (index < extra).to(tl.int32)
     if PROGRAMS % NUM_HEADS_KV == 0:
@@ -145,10 +148,6 @@ def decode_kernel(
         )
         first_q, seqlen_q, first_k, begin, end, offset, num_tiles = decode_work(
             seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
-        )
-        after = tl.where(seq_idx + 1 < batch, seq_idx + 1, 0)
-        first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
-            after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
         )
         rows = tl.arange(0, BLOCK_M)
         token = rows // GROUP
@@ -187,21 +186,24 @@ def decode_kernel(
         for step in tl.range(0, count):
             # Where the next tile is, and its page numbers: one iteration ahead of its K and V.
             last = tile + 1 >= num_tiles
-            wrap = last & (seq_idx + 1 >= batch)
-            seq_idx_ = tl.where(last, tl.where(wrap, 0, seq_idx + 1), seq_idx)
-            head_ = head + wrap.to(tl.int32)
-            tile_ = tl.where(last, 0, tile + 1)
-            first_q_ = tl.where(last, first_q1, first_q)
-            seqlen_q_ = tl.where(last, seqlen_q1, seqlen_q)
-            first_k_ = tl.where(last, first_k1, first_k)
-            begin_ = tl.where(last, begin1, begin)
-            end_ = tl.where(last, end1, end)
-            offset_ = tl.where(last, offset1, offset)
-            num_tiles_ = tl.where(last, num_tiles1, num_tiles)
-            after = tl.where(seq_idx_ + 1 < batch, seq_idx_ + 1, 0)
-            first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
-                after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
-            )
+            seq_idx_ = seq_idx + 0
+            head_ = head + 0
+            tile_ = tile + 1
+            first_q_ = first_q + 0
+            seqlen_q_ = seqlen_q + 0
+            first_k_ = first_k + 0
+            begin_ = begin + 0
+            end_ = end + 0
+            offset_ = offset + 0
+            num_tiles_ = num_tiles + 0
+            if last:
+                wrap = seq_idx + 1 >= batch
+                seq_idx_ = tl.where(wrap, 0, seq_idx + 1)
+                head_ = head + wrap.to(tl.int32)
+                tile_ = 0
+                first_q_, seqlen_q_, first_k_, begin_, end_, offset_, num_tiles_ = decode_work(
+                    seq_idx_, seq_idx_ < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+                )
             if PAGED:
                 if WHOLE_TILES:
                     ahead = tl.minimum(begin_ + tile_ * BLOCK_N, tl.maximum(end_ - 1, 0))
@@ -230,21 +232,19 @@ def decode_kernel(
             tokens = begin + tile * BLOCK_N + cols
             inside = tl.maximum(tl.minimum(tokens, end - 1), 0)
             if PAGED:
-                slot_in_page = (inside % PAGE_SIZE).to(tl.int64)
-                k_rows = page.to(tl.int64) * k_stride_b + slot_in_page * k_stride_t
+                slot_in_page = inside % PAGE_SIZE
             else:
                 # The clamp is for an empty sequence at the end of packed keys.
-                slot_in_page = tl.minimum(inside + first_k, total_k - 1).to(tl.int64)
-                k_rows = page.to(tl.int64) * k_stride_b + slot_in_page * k_stride_t
-            k_rows += head.to(tl.int64) * k_stride_h
+                slot_in_page = tl.minimum(inside + first_k, total_k - 1)
+            if WIDE_SLOTS:
+                slot_in_page = slot_in_page.to(tl.int64)
+            k_base = k_ptr + head.to(tl.int64) * k_stride_h
+            v_base = v_ptr + head.to(tl.int64) * v_stride_h
+            k_rows = page.to(tl.int64) * k_stride_b + slot_in_page * k_stride_t
             if SAME_STRIDES:
                 v_rows = k_rows
             else:
-                v_rows = (
-                    page.to(tl.int64) * v_stride_b
-                    + slot_in_page * v_stride_t
-                    + head.to(tl.int64) * v_stride_h
-                )
+                v_rows = page.to(tl.int64) * v_stride_b + slot_in_page * v_stride_t
             q0 = tl.load(
                 q_base + q_rows[:, None] + dims0[None, :],
                 mask=row_mask[:, None] & (dims0 < HEAD_DIM)[None, :],
@@ -252,7 +252,7 @@ def decode_kernel(
             )
             if NEGATE:
                 q0 = -q0
-            k0 = load_panel(k_ptr, k_rows, dims0, HEAD_DIM, D1 == 0 and D0 != HEAD_DIM)
+            k0 = load_panel(k_base, k_rows, dims0, HEAD_DIM, D1 == 0 and D0 != HEAD_DIM)
             raw = dot(q0, k0.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
             if D1 > 0:
                 q1 = tl.load(
@@ -262,7 +262,7 @@ def decode_kernel(
                 )
                 if NEGATE:
                     q1 = -q1
-                k1 = load_panel(k_ptr, k_rows, dims1, HEAD_DIM, D0 + D1 != HEAD_DIM)
+                k1 = load_panel(k_base, k_rows, dims1, HEAD_DIM, D0 + D1 != HEAD_DIM)
                 raw = dot(q1, k1.T, raw, IEEE, INTERPRETED)
             if HAS_SOFTCAP:
                 raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
@@ -295,11 +295,11 @@ def decode_kernel(
             alpha = tl.exp2(row_max - new_max)
             row_sum = row_sum * alpha + tl.sum(prob, 1)
             row_max = new_max
-            v0 = load_panel(v_ptr, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
+            v0 = load_panel(v_base, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
             weights = prob.to(v0.dtype)
             acc0 = dot(weights, v0, acc0 * alpha[:, None], IEEE, INTERPRETED)
             if V1 > 0:
-                v1 = load_panel(v_ptr, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
+                v1 = load_panel(v_base, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
                 acc1 = dot(weights, v1, acc1 * alpha[:, None], IEEE, INTERPRETED)
             if last | (step == count - 1):
                 if last & (whole == 1):

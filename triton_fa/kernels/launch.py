@@ -22,8 +22,6 @@ from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
 DIRECT_VERSIONS = ((3, 6),)
 """Triton versions whose `CompiledKernel` launcher was run and tested here."""
 
-Pointers = Sequence[torch.Tensor | None]
-
 
 class Launch:
     """One kernel launch with everything fixed but its leading pointer arguments."""
@@ -32,48 +30,48 @@ class Launch:
         self,
         kernel: Any,
         grid: tuple[int, int, int],
-        pointers: Pointers,
+        pointers: Sequence[Any],
         values: Mapping[str, Any],
         options: Mapping[str, Any],
         device: torch.device,
-        *,
-        direct: bool = True,
     ) -> None:
-        """Compile `kernel` for these arguments.
+        """Compile `kernel` for these arguments, where its launcher can be used directly.
 
         Args:
             kernel: A jitted function whose first parameters are pointers.
             grid: Programs in each direction.
-            pointers: Tensors like those of every later call: same dtypes and alignment.
+            pointers: Tensors (same dtypes and alignment as those of every later call), tensor
+                descriptors or None.
             values: All other arguments by name, constexprs included.
             options: num_warps, num_stages, launch_pdl.
             device: Where to launch.
-            direct: Whether all pointers are tensors; tensor descriptors need Triton's dispatcher.
         """
         names = kernel.arg_names[len(pointers) :]
-        self._tail = tuple(values[name] for name in names)
-        assert len(values) == len(names), set(values) ^ set(names)
+        assert set(values) == set(names), set(values) ^ set(names)
         self._kernel = kernel
         self._grid = grid
+        self._tail = tuple(values[name] for name in names)
         self._options = dict(options)
         if not INTERPRETED:
             self._options["enable_fp_fusion"] = True
-        self._device = device
-        self._direct = None
-        # The empty grid of an empty call must not reach the driver.
-        self._empty = 0 in grid
-        if direct and not (INTERPRETED or self._empty) and settings().direct_launch:
-            self._direct = self._direct_launcher(pointers)
+        self.direct = self._direct_launcher(pointers, device)
+        """Launches on the current stream given raw addresses, or None if it cannot be done."""
 
-    def _direct_launcher(self, pointers: Pointers) -> Callable[..., None] | None:
-        if TRITON_VERSION.release[:2] not in DIRECT_VERSIONS or torch.version.hip:
+    def _direct_launcher(
+        self, pointers: Sequence[Any], device: torch.device
+    ) -> Callable[[Sequence[int | None]], None] | None:
+        if INTERPRETED or torch.version.hip or not settings().direct_launch:
             return None
-        with torch.cuda.device(self._device):
+        if TRITON_VERSION.release[:2] not in DIRECT_VERSIONS:
+            return None
+        if not all(p is None or isinstance(p, torch.Tensor) for p in pointers):
+            return None  # descriptors are built by Triton's dispatcher
+        with torch.cuda.device(device):
             compiled = self._kernel.warmup(*pointers, *self._tail, grid=self._grid, **self._options)
             run = compiled.run
         if run.global_scratch_size or run.profile_scratch_size:
             return None
-        index = self._device.index
+        index = device.index
         stream_of = driver.active.get_current_stream
         launch = run.launch
         head = self._grid
@@ -90,27 +88,14 @@ class Launch:
         )
         tail = self._tail
 
-        def direct(pointers: Pointers) -> None:
-            raw = [p if p is None else p.data_ptr() for p in pointers]
-            launch(*head, stream_of(index), *middle, *raw, *tail)
+        def direct(addresses: Sequence[int | None]) -> None:
+            launch(*head, stream_of(index), *middle, *addresses, *tail)
 
         return direct
 
-    def __call__(self, *pointers: torch.Tensor | None) -> None:
-        """Enqueue the kernel on the current stream of the launch's device."""
-        if self._empty:
-            return
-        if self._device.type == "cuda" and torch.cuda.current_device() != self._device.index:
-            with torch.cuda.device(self._device):
-                self._launch(pointers)
-        else:
-            self._launch(pointers)
-
-    def _launch(self, pointers: Pointers) -> None:
-        if self._direct is not None:
-            self._direct(pointers)
-        else:
-            self._kernel[self._grid](*pointers, *self._tail, **self._options)
+    def __call__(self, pointers: Sequence[Any]) -> None:
+        """Launch on the current device and stream through Triton's dispatcher."""
+        self._kernel[self._grid](*pointers, *self._tail, **self._options)
 
 
 def cross_compile(

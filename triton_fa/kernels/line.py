@@ -80,16 +80,24 @@ def total_and_tiles(
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     """Tiles of all sequences together, and of the last block of BLOCK_B sequences one by one."""
-    total = 0
-    tiles = tl.zeros([BLOCK_B], tl.int32)
-    for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-        idx = start + tl.arange(0, BLOCK_B)
+    if ONE_BLOCK:
+        idx = tl.arange(0, BLOCK_B)
         _, _, _, _, _, _, tiles = decode_work(
             idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
         )
-        total += tl.sum(tiles, 0)
+        total = tl.sum(tiles, 0)
+    else:
+        total = 0
+        tiles = tl.zeros([BLOCK_B], tl.int32)
+        for start in tl.range(0, batch, BLOCK_B, num_stages=1):
+            idx = start + tl.arange(0, BLOCK_B)
+            _, _, _, _, _, _, tiles = decode_work(
+                idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            )
+            total += tl.sum(tiles, 0)
     return total, tiles
 
 

@@ -7,7 +7,6 @@ device; so a plan holds for every call with the same launch key, and for capture
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +33,71 @@ LOG2E = math.log2(math.e)
 MAX_DECODE_ROWS = 64
 """A sequence with at most this many query rows per kv head belongs to the decode path."""
 
-Pointers = tuple[Any, ...]
-PointersOf = Callable[[Tensors, AttnResult, torch.Tensor | None], Pointers]
+POINTERS = (
+    "out_ptr",
+    "lse_ptr",
+    "part_ptr",
+    "q_ptr",
+    "k_ptr",
+    "v_ptr",
+    "page_table_ptr",
+    "cu_seqlens_q_ptr",
+    "cu_seqlens_k_ptr",
+    "seqused_q_ptr",
+    "seqused_k_ptr",
+    "sinks_ptr",
+)
+"""The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
+
+
+def call_tensors(
+    tensors: Tensors, result: AttnResult, part: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """What `POINTERS` names; `part` is the workspace."""
+    return (
+        result.out,
+        result.lse,
+        part,
+        tensors.q,
+        tensors.k,
+        tensors.v,
+        tensors.page_table,
+        tensors.cu_seqlens_q,
+        tensors.cu_seqlens_k,
+        tensors.seqused_q,
+        tensors.seqused_k,
+        tensors.sinks,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedLaunch:
-    """One kernel launch. `pointers` picks its leading arguments out of a call's tensors."""
+    """One kernel launch: everything but the addresses of a call's tensors."""
 
     kernel: Any
     grid: tuple[int, int, int]
     values: dict[str, Any]
     options: dict[str, Any]
-    pointers: PointersOf
-    described: bool = False  # some pointers are tensor descriptors
+    key_box: tuple[int, int, int] | None = None
+    """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
+
+    def indices(self) -> tuple[int, ...]:
+        """Places in `POINTERS` of the kernel's leading arguments that are addresses."""
+        return tuple(POINTERS.index(n) for n in self.kernel.arg_names if n in POINTERS)
+
+    def pointers(self, given: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+        """The kernel's leading arguments out of `call_tensors`, descriptors included."""
+        leading = [n for n in self.kernel.arg_names if n.endswith(("_ptr", "_desc"))]
+        return tuple(self._pointer(name, given) for name in leading)
+
+    def _pointer(self, name: str, given: tuple[torch.Tensor | None, ...]) -> Any:
+        if name in POINTERS:
+            return given[POINTERS.index(name)]
+        if self.key_box is None:
+            return None
+        keys, *dims = self.key_box
+        which = ("k_desc", "v_desc").index(name)
+        return _descriptor(given[POINTERS.index(("k_ptr", "v_ptr")[which])], keys, dims[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +264,10 @@ def _decode(
             BLOCK_M=max(16, rows),
             ONE_TOKEN=bounds.max_seqlen_q == 1,
             SAME_STRIDES=problem.tensors.k.stride() == problem.tensors.v.stride(),
+            WIDE_SLOTS=_wide_slots(problem),
             LAZY_MASK=rows > 16,
         ),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        _decode_pointers,
     )
     block_p, block_r, warps = _merge_shape(programs, bounds.batch, spec, rows)
     merge = PlannedLaunch(
@@ -233,9 +283,15 @@ def _decode(
             BLOCK_P=block_p,
         ),
         {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
-        _merge_pointers,
     )
     return (attend, merge), 2 * programs * rows * (v0 + v1 + 2)
+
+
+def _wide_slots(problem: Problem) -> bool:
+    """Whether an offset inside a page, or inside a row of the batch, needs 64 bits."""
+    tensors = problem.tensors
+    tokens = problem.spec.page_size or max(1, tensors.k.shape[-3])
+    return tokens * max(tensors.k.stride(-3), tensors.v.stride(-3)) >= 2**31
 
 
 def _merge_shape(programs: int, batch: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]:
@@ -252,40 +308,6 @@ def _merge_shape(programs: int, batch: int, spec: AttnSpec, rows: int) -> tuple[
     return block_p, max(1, min(rows, 4096 * warps // (block_p * width))), warps
 
 
-def _decode_pointers(
-    tensors: Tensors, result: AttnResult, workspace: torch.Tensor | None
-) -> Pointers:
-    return (
-        result.out,
-        result.lse,
-        workspace,
-        tensors.q,
-        tensors.k,
-        tensors.v,
-        tensors.page_table,
-        tensors.cu_seqlens_q,
-        tensors.cu_seqlens_k,
-        tensors.seqused_q,
-        tensors.seqused_k,
-        tensors.sinks,
-    )
-
-
-def _merge_pointers(
-    tensors: Tensors, result: AttnResult, workspace: torch.Tensor | None
-) -> Pointers:
-    return (
-        result.out,
-        result.lse,
-        workspace,
-        tensors.cu_seqlens_q,
-        tensors.cu_seqlens_k,
-        tensors.seqused_q,
-        tensors.seqused_k,
-        tensors.sinks,
-    )
-
-
 def _prefill(
     problem: Problem,
     device: DeviceFacts,
@@ -299,28 +321,6 @@ def _prefill(
     row_tiles = -(-most_rows // tile.block_m)
     block_d = max(16, next_power_of_2(spec.head_dim))
     block_dv = max(16, next_power_of_2(spec.head_dim_v))
-    described = _describable(problem, device, tile)
-
-    def pointers(tensors: Tensors, result: AttnResult, workspace: torch.Tensor | None) -> Pointers:
-        k_desc = v_desc = None
-        if described:
-            k_desc = _descriptor(tensors.k, tile.block_n, block_d)
-            v_desc = _descriptor(tensors.v, tile.block_n, block_dv)
-        return (
-            result.out,
-            result.lse,
-            tensors.q,
-            tensors.k,
-            tensors.v,
-            k_desc,
-            v_desc,
-            tensors.page_table,
-            tensors.cu_seqlens_q,
-            tensors.cu_seqlens_k,
-            tensors.seqused_q,
-            tensors.seqused_k,
-            tensors.sinks,
-        )
 
     return PlannedLaunch(
         prefill_kernel,
@@ -336,8 +336,7 @@ def _prefill(
             BLOCK_DV=block_dv,
         ),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        pointers,
-        described,
+        (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
     )
 
 
@@ -355,7 +354,7 @@ def _describable(problem: Problem, device: DeviceFacts, tile: PrefillTile) -> bo
     return True
 
 
-def _descriptor(tensor: torch.Tensor, block_n: int, block_d: int) -> TensorDescriptor:
+def _descriptor(tensor: Any, block_n: int, block_d: int) -> TensorDescriptor:
     """A descriptor of [batch or pages, tokens, heads, dim] that reads block_n tokens of a head."""
     if tensor.dim() == 3:
         tensor = tensor.unsqueeze(0)

@@ -1,0 +1,856 @@
+"""How calls reach FlashAttention-3 and -4, seen from fakes with their signatures."""
+
+import importlib
+import logging
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import triton_fa
+from triton_fa import device as device_facts
+from triton_fa import env
+from triton_fa.backends import fa3, fa4
+from triton_fa.device import DeviceFacts
+from triton_fa.errors import BackendUnavailableError, UnsupportedError
+
+HALF = torch.float16
+
+
+@dataclass
+class Fake:
+    """What a fake binary was called with, as the names that its real signature gives them."""
+
+    calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.calls[-1][1]
+
+    @property
+    def function(self) -> str:
+        return self.calls[-1][0]
+
+
+def result_of(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An out of 3 and an lse of 5, in the shapes that FA3 and FA4 return."""
+    out = torch.full((*q.shape[:-1], v.shape[-1]), 3.0, dtype=q.dtype)
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return out, torch.full(shape, 5.0)
+
+
+def sgl(fake: Fake) -> types.ModuleType:
+    """sgl_kernel.flash_attn of 0.4.2, without the parameters that no call of ours uses."""
+
+    def answer(q: Any, v: Any, out: Any, lse_wanted: bool) -> Any:
+        computed, lse = result_of(q, v)
+        if out is not None:
+            computed = out.copy_(computed)
+        if not lse_wanted:
+            return computed
+        return computed, lse, torch.full((2,), 7.0), torch.full((2,), 9.0)
+
+    def flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        k=None,
+        v=None,
+        cache_seqlens=None,
+        page_table=None,
+        cu_seqlens_q=None,
+        max_seqlen_q=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        scheduler_metadata=None,
+        num_splits=0,
+        pack_gqa=None,
+        sm_margin=0,
+        return_softmax_lse=False,
+        sinks=None,
+        out=None,
+    ):
+        fake.calls.append(("kvcache", dict(locals())))
+        return answer(q, v_cache, out, return_softmax_lse)
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        sm_margin=0,
+        return_softmax_lse=False,
+        sinks=None,
+        out=None,
+    ):
+        fake.calls.append(("varlen", dict(locals())))
+        return answer(q, v, out, return_softmax_lse)
+
+    def get_scheduler_metadata(
+        batch_size, max_seqlen_q, num_heads, num_heads_k, cache_seqlens, leftpad_k=None
+    ):
+        fake.calls.append(("metadata", dict(locals())))
+        return torch.zeros(5, dtype=torch.int32)
+
+    return module("sgl_kernel.flash_attn", locals())
+
+
+def upstream(fake: Fake) -> types.ModuleType:
+    """flash_attn_interface: no sinks, no out, and another name for the lse flag of one."""
+
+    def flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens=None,
+        page_table=None,
+        cu_seqlens_q=None,
+        max_seqlen_q=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        scheduler_metadata=None,
+        num_splits=0,
+        pack_gqa=None,
+        sm_margin=0,
+        return_softmax_lse=False,
+    ):
+        fake.calls.append(("kvcache", dict(locals())))
+        out, lse = result_of(q, v_cache)
+        return (out, lse, lse, lse) if return_softmax_lse else out
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q=None,
+        seqused_k=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        sm_margin=0,
+        return_attn_probs=False,
+    ):
+        fake.calls.append(("varlen", dict(locals())))
+        out, lse = result_of(q, v)
+        return (out, lse) if return_attn_probs else out
+
+    def get_scheduler_metadata(
+        batch_size, max_seqlen_q, num_heads_q, num_heads_kv, cache_seqlens, cache_leftpad=None
+    ):
+        fake.calls.append(("metadata", dict(locals())))
+        return torch.zeros(5, dtype=torch.int32)
+
+    return module("flash_attn_interface", locals())
+
+
+def cute(fake: Fake) -> types.ModuleType:
+    """flash_attn.cute.interface of 4.0.0b36, in the parameters that calls of ours use."""
+
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        return_lse=False,
+    ):
+        fake.calls.append(("dense", dict(locals())))
+        out, lse = result_of(q, v)
+        return out, lse if return_lse else None
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        seqused_q=None,
+        seqused_k=None,
+        page_table=None,
+        softmax_scale=None,
+        causal=False,
+        window_size=(None, None),
+        learnable_sink=None,
+        softcap=0.0,
+        num_splits=1,
+        pack_gqa=None,
+        return_lse=False,
+    ):
+        fake.calls.append(("varlen", dict(locals())))
+        out, lse = result_of(q, v)
+        return out, lse if return_lse else None
+
+    return module("flash_attn.cute.interface", locals())
+
+
+def module(name: str, members: dict[str, Any]) -> types.ModuleType:
+    made = types.ModuleType(name)
+    made.__dict__.update({n: f for n, f in members.items() if callable(f) and n != "answer"})
+    return made
+
+
+def provide(
+    monkeypatch: pytest.MonkeyPatch, modules: dict[str, types.ModuleType | Exception]
+) -> list[str]:
+    """Make these modules importable, or their import raise; returns the names asked for."""
+    asked = []
+    real = importlib.import_module
+
+    def import_module(name: str, package: str | None = None) -> types.ModuleType:
+        if name.partition(".")[0] in (
+            "sgl_kernel",
+            "kernels",
+            "flash_attn_interface",
+            "flash_attn",
+        ):
+            asked.append(name)
+            found = modules.get(name, ModuleNotFoundError(f"No module named {name!r}"))
+            if isinstance(found, Exception):
+                raise found
+            return found
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    return asked
+
+
+def arch(monkeypatch: pytest.MonkeyPatch, major: int, minor: int = 0) -> None:
+    facts = DeviceFacts("cuda", (major, minor), 132, 227 << 10)
+    monkeypatch.setattr(device_facts, "facts", lambda device: facts)
+
+
+@pytest.fixture
+def hopper(fresh: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """CPU tensors pass for those of a Hopper GPU; nothing falls back."""
+    fresh.setattr(fa3, "_device_reason", lambda device: None)
+    fresh.setattr(fa4, "_device_reason", lambda device: None)
+    fresh.setenv("TRITON_FA_FALLBACK", "0")
+    arch(fresh, 9)
+    return fresh
+
+
+@pytest.fixture
+def fake(hopper: pytest.MonkeyPatch) -> Fake:
+    """FA3 from sgl_kernel and FA4, both recording."""
+    made = Fake()
+    provide(hopper, {"sgl_kernel.flash_attn": sgl(made), "flash_attn.cute.interface": cute(made)})
+    return made
+
+
+@pytest.fixture
+def fake_upstream(hopper: pytest.MonkeyPatch) -> Fake:
+    """FA3 from flash_attn_interface alone."""
+    made = Fake()
+    provide(hopper, {"flash_attn_interface": upstream(made)})
+    return made
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=HALF)
+
+
+def paged(**changes: Any) -> dict[str, Any]:
+    given = {
+        "q": half(2, 1, 4, 16),
+        "k_cache": half(6, 4, 2, 16),
+        "v_cache": half(6, 4, 2, 16),
+        "page_table": ints(0, 1, 2, 3, 4, 5).view(2, 3),
+        "cache_seqlens": ints(3, 8),
+    }
+    return given | changes
+
+
+def packed(**changes: Any) -> dict[str, Any]:
+    given = {
+        "q": half(5, 4, 16),
+        "k": half(7, 2, 16),
+        "v": half(7, 2, 16),
+        "cu_seqlens_q": ints(0, 2, 5),
+        "cu_seqlens_k": ints(0, 3, 7),
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 4,
+    }
+    return given | changes
+
+
+def dense(**changes: Any) -> dict[str, Any]:
+    return {"q": half(2, 3, 4, 16), "k": half(2, 5, 2, 16), "v": half(2, 5, 2, 16)} | changes
+
+
+KVCACHE = triton_fa.flash_attn_with_kvcache
+VARLEN = triton_fa.flash_attn_varlen_func
+DENSE = triton_fa.flash_attn_func
+
+
+# ---------------------------------------------------------------- FA3: arguments
+
+
+def test_fa3_paged_decode(fake: Fake) -> None:
+    given = paged(causal=True, num_splits=3, sm_margin=2, pack_gqa=True, softcap=5.0)
+    out = KVCACHE(**given, softmax_scale=0.5, ver=3)
+    assert (out == 3.0).all()
+    assert fake.function == "kvcache"
+    for name in ("q", "k_cache", "v_cache", "page_table", "cache_seqlens"):
+        assert fake.last[name] is given[name]
+    for name in ("causal", "num_splits", "sm_margin", "pack_gqa", "softcap"):
+        assert fake.last[name] == given[name]
+    assert fake.last["softmax_scale"] == 0.5
+    assert fake.last["window_size"] == (-1, -1)
+    unused = ("k", "v", "cu_seqlens_q", "max_seqlen_q", "scheduler_metadata", "sinks", "out")
+    assert [fake.last[name] for name in unused] == [None] * len(unused)
+
+
+def test_fa3_packed_queries_on_a_cache(fake: Fake) -> None:
+    cu_seqlens_q = ints(0, 1, 3)
+    KVCACHE(**paged(q=half(3, 4, 16), cu_seqlens_q=cu_seqlens_q, max_seqlen_q=2), ver=3)
+    assert fake.last["cu_seqlens_q"] is cu_seqlens_q
+    assert fake.last["max_seqlen_q"] == 2
+
+
+def test_fa3_varlen(fake: Fake) -> None:
+    given = packed(seqused_q=ints(1, 2), seqused_k=ints(2, 2))
+    VARLEN(**given, ver=3)
+    assert fake.function == "varlen"
+    for name, value in given.items():
+        assert fake.last[name] is value
+    assert fake.last["num_splits"] == 1
+    assert fake.last["softmax_scale"] == 0.25
+
+
+def test_fa3_pages_of_the_varlen_function_go_to_the_kvcache_one(fake: Fake) -> None:
+    # sgl_kernel's own varlen function takes a page table and ignores it.
+    table, seqused_k = ints(0, 1, 2, 3).view(2, 2), ints(3, 8)
+    changes = {"k": half(6, 4, 2, 16), "v": half(6, 4, 2, 16), "cu_seqlens_k": None}
+    VARLEN(**packed(**changes, page_table=table, seqused_k=seqused_k), ver=3)
+    assert fake.function == "kvcache"
+    assert fake.last["page_table"] is table
+    assert fake.last["cache_seqlens"] is seqused_k
+    with pytest.raises(UnsupportedError, match="seqused_q together with page_table"):
+        VARLEN(
+            **packed(**changes, page_table=table, seqused_k=seqused_k, seqused_q=ints(1, 1)), ver=3
+        )
+
+
+def test_fa3_dense(fake: Fake) -> None:
+    given = dense()
+    DENSE(**given, ver=3)
+    assert fake.function == "kvcache"
+    assert fake.last["k_cache"] is given["k"]
+    assert fake.last["cache_seqlens"] is None, "FA3 then needs no schedule"
+    assert fake.last["num_splits"] == 1
+
+
+def test_fa3_dense_queries_in_use_go_to_the_varlen_function(fake: Fake) -> None:
+    seqused_q = ints(1, 2)
+    VARLEN(**dense(), cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=seqused_q, ver=3)
+    assert fake.function == "varlen"
+    assert fake.last["seqused_q"] is seqused_q
+    assert fake.last["cu_seqlens_q"] is None
+    # sgl_kernel wants both numbers even then.
+    assert (fake.last["max_seqlen_q"], fake.last["max_seqlen_k"]) == (3, 5)
+
+
+@pytest.mark.parametrize("ver", [3, 4])
+@pytest.mark.parametrize("value", [0, 5])
+def test_an_int_cache_seqlens_becomes_one_length_per_sequence(
+    fake: Fake, value: int, ver: int
+) -> None:
+    # Not one per page, and not one per token of packed queries.
+    given = paged(q=half(5, 4, 16), cu_seqlens_q=ints(0, 2, 5), max_seqlen_q=3)
+    name = "cache_seqlens" if ver == 3 else "seqused_k"
+    for _ in range(2):
+        KVCACHE(**given | {"cache_seqlens": value}, ver=ver)
+    lengths = [arguments[name] for _, arguments in fake.calls]
+    assert lengths[0].dtype == torch.int32
+    assert lengths[0].tolist() == [value] * 2
+    assert lengths[1] is lengths[0], "made at each call"
+
+
+@pytest.mark.parametrize("ver", [3, 4])
+def test_paged_without_lengths_uses_the_whole_table(fake: Fake, ver: int) -> None:
+    KVCACHE(**paged(cache_seqlens=None), ver=ver)
+    assert fake.last["cache_seqlens" if ver == 3 else "seqused_k"].tolist() == [12, 12]
+
+
+WINDOWS = [
+    # causal, window_size -> FA3's causal and window, FA4's causal and window
+    (False, (-1, -1), (False, (-1, -1)), (False, (None, None))),
+    (False, None, (False, (-1, -1)), (False, (None, None))),
+    (False, (None, None), (False, (-1, -1)), (False, (None, None))),
+    (True, (-1, -1), (True, (-1, -1)), (True, (None, None))),
+    (False, (-1, 0), (True, (-1, -1)), (True, (None, None))),
+    (False, (-7, 0), (True, (-1, -1)), (True, (None, None))),
+    (True, (4, -1), (True, (4, -1)), (True, (4, None))),
+    (True, (4, 9), (True, (4, -1)), (True, (4, None))),
+    (False, (4, 0), (True, (4, -1)), (True, (4, None))),
+    (False, (4, None), (False, (4, -1)), (False, (4, None))),
+    (False, (-1, 2), (False, (-1, 2)), (False, (None, 2))),
+    (False, (None, 2), (False, (-1, 2)), (False, (None, 2))),
+    (False, (4, 2), (False, (4, 2)), (False, (4, 2))),
+    (False, [4, 2], (False, (4, 2)), (False, (4, 2))),
+]
+
+
+@pytest.mark.parametrize(("causal", "window", "three", "four"), WINDOWS)
+def test_windows_are_spelled_as_each_binary_reads_them(
+    fake: Fake, causal: bool, window: Any, three: Any, four: Any
+) -> None:
+    for ver, want in ((3, three), (4, four)):
+        DENSE(**dense(), causal=causal, window_size=window, ver=ver)
+        assert (fake.last["causal"], fake.last["window_size"]) == want
+
+
+def test_fa3_sinks(fake: Fake) -> None:
+    sinks = torch.zeros(4, dtype=torch.bfloat16)
+    KVCACHE(**paged(sinks=sinks), ver=3)
+    assert fake.last["sinks"] is sinks
+
+
+def test_fa3_scheduler_metadata_is_passed_on(fake: Fake) -> None:
+    metadata = torch.zeros(5, dtype=torch.int32)
+    KVCACHE(**paged(scheduler_metadata=metadata), ver=3)
+    assert fake.last["scheduler_metadata"] is metadata
+    with pytest.raises(UnsupportedError, match="scheduler_metadata together with cu_seqlens_k"):
+        VARLEN(**packed(scheduler_metadata=metadata), ver=3)
+
+
+def test_fa3_with_metadata_always_gets_lengths(fake: Fake) -> None:
+    cache = {"page_table": None, "k_cache": half(2, 8, 2, 16), "v_cache": half(2, 8, 2, 16)}
+    metadata = torch.zeros(5, dtype=torch.int32)
+    KVCACHE(**paged(**cache, cache_seqlens=None, scheduler_metadata=metadata), ver=3)
+    assert fake.last["cache_seqlens"].tolist() == [8, 8]
+
+
+def test_fa3_out_is_filled_by_the_binary(fake: Fake) -> None:
+    out = half(2, 1, 4, 16)
+    assert KVCACHE(**paged(out=out), ver=3) is out
+    assert fake.last["out"] is out
+    assert (out == 3.0).all()
+
+
+@pytest.mark.parametrize(("function", "make"), [(KVCACHE, paged), (VARLEN, packed), (DENSE, dense)])
+def test_fa3_gives_its_four_results(
+    fake: Fake, function: Callable[..., Any], make: Callable[..., Any]
+) -> None:
+    flag = "return_attn_probs" if function is DENSE else "return_softmax_lse"
+    out, lse, out_accum, lse_accum = function(**make(), **{flag: True}, ver=3)
+    assert (out.unique(), lse.unique()) == (3.0, 5.0)
+    assert (out_accum.tolist(), lse_accum.tolist()) == ([7.0, 7.0], [9.0, 9.0])
+
+
+def test_a_strided_last_dimension_is_copied_for_the_binary(fake: Fake) -> None:
+    q = half(2, 3, 4, 32)[..., ::2]
+    for _ in range(2):
+        DENSE(**dense(q=q), ver=3)
+        assert fake.last["q"].stride(-1) == 1
+
+
+@pytest.mark.parametrize("ver", [3, 4])
+def test_without_a_query_the_binary_is_not_called(fake: Fake, ver: int) -> None:
+    empty = packed(q=half(0, 4, 16), cu_seqlens_q=ints(0, 0, 0))
+    result = VARLEN(**empty, return_softmax_lse=True, ver=ver)
+    assert [tuple(t.shape) for t in result[:2]] == [(0, 4, 16), (4, 0)]
+    assert not fake.calls
+
+
+# ---------------------------------------------------------------- FA3: upstream
+
+
+def test_upstream_takes_the_lse_flag_by_its_own_name(fake_upstream: Fake) -> None:
+    result = VARLEN(**packed(), return_softmax_lse=True, ver=3)
+    assert fake_upstream.last["return_attn_probs"]
+    assert [tuple(t.shape) for t in result] == [(5, 4, 16), (4, 5), (0,), (0,)]
+
+
+@pytest.mark.parametrize(("function", "make"), [(KVCACHE, paged), (VARLEN, packed)])
+def test_upstream_has_no_out_so_it_is_copied_to(
+    fake_upstream: Fake, function: Callable[..., Any], make: Callable[..., Any]
+) -> None:
+    given = make()
+    out = torch.zeros_like(given["q"])
+    assert function(**given, out=out, ver=3) is out
+    assert (out == 3.0).all()
+
+
+def test_upstream_has_no_sinks(fake_upstream: Fake) -> None:
+    with pytest.raises(UnsupportedError, match="sinks: flash_attn_interface does not take them"):
+        KVCACHE(**paged(sinks=torch.zeros(4, dtype=torch.bfloat16)), ver=3)
+
+
+# ---------------------------------------------------------------- FA3: reasons
+
+
+def dims(d: int, dv: int) -> dict[str, Any]:
+    return dense(q=half(2, 3, 4, d), k=half(2, 5, 2, d), v=half(2, 5, 2, dv))
+
+
+FA3_REASONS = [
+    (
+        dense(q=torch.zeros(2, 3, 4, 16), k=torch.zeros(2, 5, 2, 16), v=torch.zeros(2, 5, 2, 16)),
+        "q: dtype float32",
+    ),
+    (dims(264, 264), "head_dim=264: expected a multiple of 8 up to 256"),
+    (dims(12, 12), "head_dim=12: expected a multiple of 8"),
+    (dims(64, 520), "head_dim_v=520: expected a multiple of 8 up to 512"),
+    (dims(128, 64), "head_dim=128 with head_dim_v=64"),
+    (dims(192, 96), "head_dim=192 with head_dim_v=96"),
+    (dense(sinks=torch.zeros(4)), "sinks: dtype float32: expected bfloat16"),
+    (
+        dense(q=half(2, 3, 66, 16), sinks=torch.zeros(66, dtype=torch.bfloat16)),
+        "sinks: 66 query heads: expected at most 64",
+    ),
+    (dense(num_splits=256), "num_splits=256: expected at most 255"),
+    (dense(qv=half(1)), "qv is not supported yet"),
+]
+
+
+@pytest.mark.parametrize(("given", "reason"), FA3_REASONS, ids=[r for _, r in FA3_REASONS])
+def test_fa3_refuses_by_name(fake: Fake, given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        DENSE(**given, ver=3)
+    assert any(text.startswith(reason) for text in caught.value.reasons), caught.value.reasons
+    assert not fake.calls
+
+
+@pytest.mark.parametrize(
+    ("d", "dv"), [(64, 512), (64, 40), (8, 8), (256, 256), (192, 128), (136, 104)]
+)
+def test_fa3_takes_the_pairs_of_head_dims_it_has(fake: Fake, d: int, dv: int) -> None:
+    DENSE(**dims(d, dv), ver=3)
+    assert fake.calls
+
+
+def test_fa3_on_ampere_has_neither_sinks_nor_unequal_head_dims(
+    hopper: pytest.MonkeyPatch, fake: Fake
+) -> None:
+    arch(hopper, 8)
+    with pytest.raises(UnsupportedError) as caught:
+        DENSE(**dims(64, 32), sinks=torch.zeros(4, dtype=torch.bfloat16), ver=3)
+    assert len(caught.value.reasons) == 2
+    assert all("compute capability 9.x" in reason for reason in caught.value.reasons)
+    DENSE(**dims(64, 64), ver=3)
+
+
+@pytest.mark.parametrize(
+    ("module", "facts", "reason"),
+    [
+        (fa3, DeviceFacts("cuda", (10, 0), 148, 1), "compute capability 8.x or 9.x, got 10.0"),
+        (fa3, DeviceFacts("cuda", (7, 5), 40, 1), "compute capability 8.x or 9.x, got 7.5"),
+        (fa3, DeviceFacts("hip", (0, 0), 304, 1), "NVIDIA GPU"),
+        (fa4, DeviceFacts("cuda", (7, 5), 40, 1), "compute capability 8.x to 12.x, got 7.5"),
+        (fa4, DeviceFacts("hip", (0, 0), 304, 1), "NVIDIA GPU"),
+    ],
+)
+def test_devices_that_are_ruled_out(
+    fresh: pytest.MonkeyPatch, module: Any, facts: DeviceFacts, reason: str
+) -> None:
+    fresh.setattr(device_facts, "facts", lambda device: facts)
+    assert reason in (module.BACKEND.unavailable(torch.device("cuda")) or "")
+
+
+# ---------------------------------------------------------------- FA3: providers
+
+
+def test_the_first_provider_that_loads_is_taken(hopper: pytest.MonkeyPatch) -> None:
+    asked = provide(
+        hopper, {"sgl_kernel.flash_attn": sgl(Fake()), "flash_attn_interface": upstream(Fake())}
+    )
+    assert fa3.BACKEND.detail().startswith("sgl_kernel")
+    assert asked == ["sgl_kernel.flash_attn"]
+    fa3.load_provider()
+    assert asked == ["sgl_kernel.flash_attn"], "loaded twice"
+
+
+def test_the_order_of_providers_is_the_setting(hopper: pytest.MonkeyPatch) -> None:
+    hopper.setenv("TRITON_FA_FA3_PROVIDER", "upstream, sgl")
+    asked = provide(
+        hopper, {"sgl_kernel.flash_attn": sgl(Fake()), "flash_attn_interface": upstream(Fake())}
+    )
+    assert fa3.BACKEND.detail().startswith("flash_attn_interface")
+    assert asked == ["flash_attn_interface"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("undefined symbol: _ZN2at4_ops5zeros4callE"),
+        OSError("libcuda.so.1: cannot open shared object file"),
+        RuntimeError("Tried to register an operator with the same name"),
+        AttributeError("module 'torch' has no attribute 'foo'"),
+    ],
+)
+def test_a_provider_that_breaks_is_logged_and_the_next_is_tried(
+    hopper: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    provide(hopper, {"sgl_kernel.flash_attn": error, "flash_attn_interface": upstream(Fake())})
+    with caplog.at_level(logging.WARNING, "triton_fa"):
+        assert fa3.BACKEND.unavailable(torch.device("cuda")) is None
+    assert fa3.BACKEND.detail().startswith("flash_attn_interface")
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 2  # sgl and hub
+    assert f"sgl: {type(error).__name__}: {error}" in logged[0]
+    assert "hub: ModuleNotFoundError: No module named 'kernels'" in logged[1]
+
+
+def test_a_provider_without_the_functions_is_not_one(hopper: pytest.MonkeyPatch) -> None:
+    provide(
+        hopper,
+        {
+            "sgl_kernel.flash_attn": types.ModuleType("sgl_kernel.flash_attn"),
+            "flash_attn_interface": upstream(Fake()),
+        },
+    )
+    assert fa3.BACKEND.detail().startswith("flash_attn_interface")
+
+
+def test_every_providers_error_is_in_the_reason(hopper: pytest.MonkeyPatch) -> None:
+    provide(hopper, {"sgl_kernel.flash_attn": OSError("no libcudart")})
+    reason = fa3.BACKEND.unavailable(torch.device("cuda")) or ""
+    assert "sgl: OSError: no libcudart" in reason
+    assert "hub: ModuleNotFoundError" in reason
+    assert "upstream: ModuleNotFoundError" in reason
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_the_hub_kernel_is_locked_by_a_file_of_the_cache_directory(
+    hopper: pytest.MonkeyPatch, tmp_path: Path, locked: bool
+) -> None:
+    hopper.setenv("TRITON_FA_FA3_PROVIDER", "hub")
+    hopper.setenv("TRITON_FA_CACHE_DIR", str(tmp_path))
+    seen = []
+
+    def load_kernel(repo_id: str, *, lockfile: Path) -> types.ModuleType:
+        seen.append(("load", repo_id, lockfile))
+        return sgl(Fake())
+
+    def get_kernel(repo_id: str, *, revision: str) -> types.ModuleType:
+        seen.append(("get", repo_id, revision))
+        return sgl(Fake())
+
+    provide(hopper, {"kernels": module("kernels", locals())})
+    lock = tmp_path / "kernels.lock"
+    if locked:
+        lock.write_text("[]")
+    assert fa3.HUB_REPOSITORY in fa3.BACKEND.detail()
+    want = ("load", fa3.HUB_REPOSITORY, lock) if locked else ("get", fa3.HUB_REPOSITORY, "v1")
+    assert seen == [want]
+
+
+def test_the_cache_directory_defaults_to_the_users(fresh: pytest.MonkeyPatch) -> None:
+    assert env.cache_dir().name == "triton_fa"
+    assert env.cache_dir().is_absolute()
+
+
+# ---------------------------------------------------------------- FA3: metadata
+
+
+METADATA = {"batch_size": 2, "max_seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 2}
+
+
+@pytest.mark.parametrize(
+    ("provider", "names"),
+    [
+        ("sgl", ("num_heads", "num_heads_k", "leftpad_k")),
+        ("upstream", ("num_heads_q", "num_heads_kv", "cache_leftpad")),
+    ],
+)
+def test_metadata_comes_from_the_provider_under_its_own_names(
+    hopper: pytest.MonkeyPatch, provider: str, names: tuple[str, str, str]
+) -> None:
+    made = Fake()
+    modules = {
+        "sgl": ("sgl_kernel.flash_attn", sgl),
+        "upstream": ("flash_attn_interface", upstream),
+    }
+    name, make = modules[provider]
+    provide(hopper, {name: make(made)})
+    lengths = ints(3, 8)
+    metadata = fa3.scheduler_metadata(
+        METADATA | {"cache_seqlens": lengths, "cache_leftpad": ints(0, 1), "page_size": None}
+    )
+    assert metadata.dtype == torch.int32
+    assert (made.last[names[0]], made.last[names[1]]) == (4, 2)
+    assert made.last[names[2]].tolist() == [0, 1]
+    assert made.last["cache_seqlens"] is lengths
+
+
+def test_metadata_arguments_that_the_provider_lacks_are_refused(fake: Fake) -> None:
+    with pytest.raises(UnsupportedError, match="page_size: sgl_kernel"):
+        fa3.scheduler_metadata(METADATA | {"page_size": 4})
+
+
+def test_metadata_of_a_provider_without_it(hopper: pytest.MonkeyPatch) -> None:
+    made = sgl(Fake())
+    del made.get_scheduler_metadata
+    provide(hopper, {"sgl_kernel.flash_attn": made})
+    with pytest.raises(BackendUnavailableError, match="has no get_scheduler_metadata"):
+        fa3.scheduler_metadata(METADATA)
+
+
+# ---------------------------------------------------------------- FA4
+
+
+def test_fa4_paged_decode(fake: Fake) -> None:
+    given = paged(causal=True, softcap=5.0)
+    sinks = torch.zeros(4)
+    KVCACHE(**given, sinks=sinks, ver=4)
+    assert fake.function == "varlen"
+    for name in ("q", "page_table", "causal", "softcap"):
+        assert fake.last[name] is given[name]
+    assert fake.last["k"] is given["k_cache"]
+    assert fake.last["seqused_k"] is given["cache_seqlens"]
+    assert fake.last["learnable_sink"] is sinks
+    assert (fake.last["max_seqlen_q"], fake.last["max_seqlen_k"]) == (1, 12)
+    assert fake.last["return_lse"] is False
+
+
+def test_fa4_varlen(fake: Fake) -> None:
+    given = packed(seqused_q=ints(1, 2), seqused_k=ints(2, 2))
+    VARLEN(**given, ver=4)
+    for name, value in given.items():
+        assert fake.last[name] is value
+
+
+def test_fa4_dense_has_its_own_function(fake: Fake) -> None:
+    given = dense()
+    DENSE(**given, ver=4)
+    assert fake.function == "dense"
+    for name, value in given.items():
+        assert fake.last[name] is value
+
+
+def test_fa4_gives_two_results(fake: Fake) -> None:
+    for function, given in ((KVCACHE, paged()), (VARLEN, packed())):
+        out, lse = function(**given, return_softmax_lse=True, ver=4)
+        assert fake.last["return_lse"] is True
+        assert (out.unique(), lse.unique()) == (3.0, 5.0)
+
+
+def test_fa4_out_is_copied_to(fake: Fake) -> None:
+    out = half(2, 1, 4, 16)
+    assert KVCACHE(**paged(out=out), ver=4) is out
+    assert (out == 3.0).all()
+
+
+@pytest.mark.parametrize(
+    ("major", "given", "passed"),
+    [(9, 0, 1), (9, 1, 1), (8, 0, 1), (12, 0, 1), (10, 0, 0), (10, 3, 3)],
+)
+def test_fa4_splits_on_blackwell_only(
+    hopper: pytest.MonkeyPatch, fake: Fake, major: int, given: int, passed: int
+) -> None:
+    arch(hopper, major)
+    DENSE(**dense(num_splits=given), ver=4)
+    assert fake.last["num_splits"] == passed
+
+
+FA4_REASONS = [
+    (9, DENSE, dense(num_splits=2), "num_splits=2: expected 0 or 1 on compute capability 9.x"),
+    (9, DENSE, FA3_REASONS[0][0], "q: dtype float32"),
+    (9, DENSE, dims(264, 264), "head_dim=264, head_dim_v=264"),
+    (10, DENSE, dims(192, 192), "head_dim=192, head_dim_v=192: expected up to 128"),
+    (9, KVCACHE, paged(scheduler_metadata=ints(1)), "scheduler_metadata is not supported"),
+    (9, KVCACHE, paged(k=half(1), v=half(1)), "k is not supported"),
+    (8, KVCACHE, paged(), "page_table on compute capability 8.x"),
+    (12, KVCACHE, paged(), "page_table on compute capability 12.x"),
+    (8, DENSE, dense(sinks=torch.zeros(4)), "sinks on compute capability 8.x"),
+    (
+        9,
+        KVCACHE,
+        paged(q=half(2, 1, 4, 24), k_cache=half(6, 4, 2, 24)),
+        "page_size=4 with head_dim=24, head_dim_v=16",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("major", "function", "given", "reason"), FA4_REASONS, ids=[r for *_, r in FA4_REASONS]
+)
+def test_fa4_refuses_by_name(
+    hopper: pytest.MonkeyPatch,
+    fake: Fake,
+    major: int,
+    function: Callable[..., Any],
+    given: dict[str, Any],
+    reason: str,
+) -> None:
+    arch(hopper, major)
+    with pytest.raises(UnsupportedError) as caught:
+        function(**given, ver=4)
+    assert any(text.startswith(reason) for text in caught.value.reasons), caught.value.reasons
+    assert not fake.calls
+
+
+def test_fa4_irregular_head_dims_are_fine_on_pages_as_large_as_a_tile(fake: Fake) -> None:
+    cache = half(3, 128, 2, 24)
+    given = paged(q=half(2, 1, 4, 24), k_cache=cache, v_cache=cache.clone())
+    KVCACHE(**given | {"page_table": ints(0, 1).view(2, 1)}, ver=4)
+    assert fake.calls
+
+
+def test_fa4_is_imported_quietly(
+    hopper: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = cute(Fake())
+    real = importlib.import_module
+
+    def noisy(name: str, package: str | None = None) -> types.ModuleType:
+        if name != "flash_attn.cute.interface":
+            return real(name, package)
+        warnings.warn("deprecated", DeprecationWarning, stacklevel=2)
+        logging.getLogger("cutlass").warning("no CUDA toolkit")
+        return made
+
+    hopper.setattr(importlib, "import_module", noisy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fa4.BACKEND.unavailable(torch.device("cuda")) is None
+    assert not caplog.records
+    assert logging.getLogger("cutlass").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("error", [ImportError("no cutlass"), RuntimeError("arch"), OSError("so")])
+def test_a_broken_fa4_says_why(hopper: pytest.MonkeyPatch, error: Exception) -> None:
+    provide(hopper, {"flash_attn.cute.interface": error})
+    reason = fa4.BACKEND.unavailable(torch.device("cuda"))
+    assert reason == f"flash_attn.cute: {type(error).__name__}: {error}"
+    with pytest.raises(BackendUnavailableError, match=str(error)):
+        DENSE(**dense(), ver=4)

@@ -1,0 +1,252 @@
+"""From public arguments to the canonical problem: layouts, windows, bounds, features, spellings."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import triton_fa
+from triton_fa import normalize
+from triton_fa.normalize import Options
+from triton_fa.problem import Problem, Tensors
+
+pytestmark = pytest.mark.usefixtures("fresh")
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dense(**options: Any) -> Problem:
+    q, k, v = torch.zeros(2, 3, 4, 16), torch.zeros(2, 5, 2, 16), torch.zeros(2, 5, 2, 24)
+    return normalize.problem(Tensors(q, k, v), Options("dense", **options))
+
+
+def paged(**options: Any) -> Problem:
+    tensors = Tensors(
+        q=torch.zeros(5, 4, 16),
+        k=torch.zeros(9, 8, 2, 16),
+        v=torch.zeros(9, 8, 2, 16),
+        page_table=torch.zeros(3, 6, dtype=torch.int32),
+        cu_seqlens_q=ints(0, 1, 2, 5),
+        seqused_k=ints(1, 2, 3),
+    )
+    return normalize.problem(tensors, Options("kvcache", max_seqlen_q=3, **options))
+
+
+def packed(**options: Any) -> Problem:
+    tensors = Tensors(
+        q=torch.zeros(5, 4, 16),
+        k=torch.zeros(7, 2, 16),
+        v=torch.zeros(7, 2, 16),
+        cu_seqlens_q=ints(0, 2, 5),
+        cu_seqlens_k=ints(0, 3, 7),
+    )
+    return normalize.problem(
+        tensors, Options("varlen", **{"max_seqlen_q": 3, "max_seqlen_k": 4} | options)
+    )
+
+
+def test_a_dense_call() -> None:
+    spec, bounds = dense().spec, dense().bounds
+    assert (spec.query_layout, spec.key_layout, spec.page_size) == ("dense", "dense", 0)
+    assert (spec.num_heads_q, spec.num_heads_kv, spec.q_heads_per_kv) == (4, 2, 2)
+    assert (spec.head_dim, spec.head_dim_v) == (16, 24)
+    assert (spec.softmax_scale, spec.softcap) == (0.25, 0.0)
+    assert (bounds.batch, bounds.total_q, bounds.max_seqlen_q, bounds.max_seqlen_k) == (2, 6, 3, 5)
+    assert bounds.fixed_seqlen_k == 5
+
+
+def test_a_paged_call() -> None:
+    spec, bounds = paged().spec, paged().bounds
+    assert (spec.query_layout, spec.key_layout, spec.page_size) == ("packed", "paged", 8)
+    assert (bounds.batch, bounds.total_q, bounds.max_seqlen_q, bounds.max_seqlen_k) == (3, 5, 3, 48)
+    assert bounds.fixed_seqlen_k is None
+
+
+def test_a_packed_call() -> None:
+    spec, bounds = packed().spec, packed().bounds
+    assert (spec.query_layout, spec.key_layout) == ("packed", "packed")
+    assert (bounds.max_seqlen_q, bounds.max_seqlen_k, bounds.fixed_seqlen_k) == (3, 4, None)
+
+
+def test_bounds_are_never_beyond_the_tensors() -> None:
+    bounds = packed(max_seqlen_q=10**9, max_seqlen_k=10**9).bounds
+    assert (bounds.max_seqlen_q, bounds.max_seqlen_k) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window", "want"),
+    [
+        (False, (-1, -1), (-1, -1)),
+        (False, (None, None), (-1, -1)),
+        (False, (-5, None), (-1, -1)),
+        (True, (-1, -1), (-1, 0)),
+        (True, (3, 7), (3, 0)),
+        (True, (0, 0), (0, 0)),
+        (False, (-1, 0), (-1, 0)),
+        (False, (3, -1), (3, -1)),
+        (False, (None, 3), (-1, 3)),
+        (False, (3, 7), (3, 7)),
+    ],
+)
+def test_windows(causal: bool, window: Any, want: tuple[int, int]) -> None:
+    spec = dense(causal=causal, window_size=window).spec
+    assert (spec.window_left, spec.window_right) == want
+
+
+def test_an_int_cache_seqlens_is_a_bound_and_no_tensor() -> None:
+    tensors = Tensors(
+        q=torch.zeros(3, 1, 4, 16),
+        k=torch.zeros(9, 8, 2, 16),
+        v=torch.zeros(9, 8, 2, 16),
+        page_table=torch.zeros(3, 6, dtype=torch.int32),
+    )
+    problem = normalize.problem(tensors, Options("kvcache", fixed_seqlen_k=7))
+    assert problem.bounds.fixed_seqlen_k == 7
+    assert problem.tensors.seqused_k is None
+    assert normalize.problem(tensors, Options("kvcache")).bounds.fixed_seqlen_k == 48
+
+
+def test_features_name_what_was_used() -> None:
+    assert dense().spec.features == frozenset()
+    given = dense(features=frozenset({"qv"})).spec
+    assert given.features == {"qv"}
+    tensors = Tensors(
+        q=torch.zeros(2, 3, 4, 16),
+        k=torch.zeros(2, 5, 2, 16),
+        v=torch.zeros(2, 5, 2, 16),
+        out=torch.zeros(2, 3, 4, 16),
+        seqused_q=ints(1, 2),
+        sinks=torch.zeros(4, dtype=torch.bfloat16),
+        scheduler_metadata=ints(1),
+    )
+    spec = normalize.problem(tensors, Options("varlen")).spec
+    assert spec.features == {"out", "seqused_q", "sinks", "scheduler_metadata"}
+    assert spec.sinks_dtype == torch.bfloat16
+
+
+def test_off_is_off_in_every_spelling() -> None:
+    assert dense(softcap=None).spec == dense(softcap=0.0).spec == dense(softcap=0).spec
+    assert dense(num_splits=-1).spec == dense(num_splits=0).spec
+
+
+def test_the_problem_is_hashable_without_its_tensors() -> None:
+    assert hash(dense().spec) == hash(dense().spec)
+    assert hash(paged().bounds) == hash(paged().bounds)
+
+
+def test_the_callers_tensors_are_not_copied() -> None:
+    q, k, v = (torch.zeros(2, 3, 2, 16) for _ in range(3))
+    tensors = normalize.problem(Tensors(q, k, v), Options("dense")).tensors
+    assert tensors.q is q
+    assert tensors.k is k
+    assert tensors.v is v
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 4, 5, 255, 256, 1023])
+def test_metadata_is_never_longer_than_engines_allot(batch: int) -> None:
+    assert normalize.metadata_length(batch) == 4 * ((batch + 3) // 4 * 4) + 1
+
+
+def test_a_batch_of_nothing() -> None:
+    tensors = Tensors(
+        q=torch.zeros(0, 4, 16),
+        k=torch.zeros(0, 2, 16),
+        v=torch.zeros(0, 2, 16),
+        cu_seqlens_q=ints(0),
+        cu_seqlens_k=ints(0),
+    )
+    problem = normalize.problem(tensors, Options("varlen", max_seqlen_q=0, max_seqlen_k=0))
+    assert (problem.bounds.batch, problem.bounds.total_q) == (0, 0)
+
+
+# ---------------------------------------------------------------- spellings of the public functions
+
+
+def kvcache(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    given = {
+        "q": torch.randn(2, 1, 4, 16),
+        "k_cache": torch.randn(5, 4, 2, 16),
+        "v_cache": torch.randn(5, 4, 2, 16),
+    }
+    return triton_fa.flash_attn_with_kvcache(**given, **changes, ver="torch")
+
+
+TABLE, LENGTHS = ints(4, 1, 2, 3).view(2, 2), ints(3, 8)
+SINKS = torch.tensor([1.0, 2.0, -1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"block_table": TABLE, "cache_seqlens": LENGTHS},
+        {"page_table": TABLE, "seqused_k": LENGTHS},
+        {"page_table": TABLE, "cache_seqlens": LENGTHS, "block_table": TABLE},
+    ],
+)
+def test_other_spellings_of_a_cache_mean_the_same(other: dict[str, Any]) -> None:
+    want = kvcache(page_table=TABLE, cache_seqlens=LENGTHS)
+    assert torch.equal(kvcache(**other), want)
+    assert not torch.equal(kvcache(page_table=TABLE), want)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "learnable_sink"])
+def test_other_spellings_of_sinks_mean_the_same(name: str) -> None:
+    where = {"page_table": TABLE, "cache_seqlens": LENGTHS}
+    want = kvcache(**where, sinks=SINKS)
+    assert torch.equal(kvcache(**where, **{name: SINKS}), want)
+    assert not torch.equal(kvcache(**where), want)
+
+
+@pytest.mark.parametrize("name", ["return_softmax_lse", "return_attn_probs", "return_lse"])
+def test_every_lse_flag_gives_the_lse(name: str) -> None:
+    out, lse = kvcache(page_table=TABLE, cache_seqlens=LENGTHS, **{name: True})
+    assert out.shape == (2, 1, 4, 16)
+    assert lse.shape == (2, 4, 1)
+    assert lse.dtype == torch.float32
+
+
+def test_hints_change_nothing() -> None:
+    where = {"page_table": TABLE, "cache_seqlens": LENGTHS}
+    want = kvcache(**where)
+    hints = {"pack_gqa": True, "sm_margin": 3, "num_splits": 1, "max_seqlen_k": 1}
+    for name, value in hints.items():
+        assert torch.equal(kvcache(**where, **{name: value}), want), name
+
+
+def test_a_call_is_prepared_again_when_anything_the_host_sees_changes(fresh: Any) -> None:
+    seen = []
+    real = normalize.problem
+    fresh.setattr(normalize, "problem", lambda *given: seen.append(1) or real(*given))
+    q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 16)
+
+    def prepared(**changes: Any) -> int:
+        before = len(seen)
+        triton_fa.flash_attn_func(**{"q": q, "k": k, "v": k, "ver": "torch"} | changes)
+        return len(seen) - before
+
+    assert prepared() == 1
+    assert prepared() == 0
+    assert prepared(k=k.clone(), v=k.clone()) == 0, "another tensor of the same kind"
+    changes: list[dict[str, Any]] = [
+        {"causal": True},
+        {"softmax_scale": 2.0},
+        {"softcap": 1.0},
+        {"window_size": (1, 1)},
+        {"num_splits": 0},
+        {"pack_gqa": True},
+        {"sm_margin": 1},
+        {"sinks": torch.zeros(4)},
+        {"sinks": torch.zeros(4).half()},
+        {"q": torch.randn(2, 3, 8, 16)},
+        {"q": torch.randn(2, 3, 4, 32)[..., :16]},
+        {"q": torch.randn(385)[1:].view(2, 3, 4, 16)},
+        {"return_attn_probs": True},
+        {"out": torch.empty(2, 3, 4, 16)},
+        {"ver": "triton"} if torch.cuda.is_available() is False else {"softcap": 2.0},
+    ]
+    for change in changes:
+        assert prepared(**change) == 1, change
+        assert prepared(**change) == 0, change
