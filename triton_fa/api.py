@@ -30,7 +30,7 @@ class _Record:
     """A prepared call: what to run, and how to shape what it returns."""
 
     run: Run
-    shape_result: Callable[[AttnResult], Result]
+    shape_result: Callable[[AttnResult], Result] | None  # None: only `out` is returned
 
 
 _RECORDS: dict[tuple[Any, ...], _Record] = {}
@@ -45,26 +45,31 @@ def _signature(tensor: Any) -> Any:
         tensor.stride(),
         tensor.dtype,
         tensor.device,
-        tensor.data_ptr() & 15 == 0,
+        tensor.data_ptr() & 15,
         tensor.requires_grad,
     )
 
 
-def _call(ver: int | str | None, tensors: Tensors, options: Options) -> Result:
-    """Run a call from its launch record, making the record on a miss."""
+def _call(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> Result:
+    """Run a call from its launch record, making the record on a miss.
+
+    `scalars` are the fields of `Options`, in order.
+    """
     key = None
+    record = None
     try:
         key = (
             ver,
-            options,
+            scalars,
             dispatch.is_strict(),
             torch.is_grad_enabled(),
-            *[_signature(t) for t in tensors],
+            *map(_signature, tensors),
         )
         record = _RECORDS.get(key)
     except (AttributeError, TypeError):  # not tensors, or not hashable: normalize says which
-        record = None
+        key = None
     if record is None:
+        options = Options(*scalars)
         problem = normalize.problem(tensors, options)
         run, version = dispatch.prepare(ver, problem)
         record = _Record(run, _result_shaper(version, options.return_lse))
@@ -72,12 +77,14 @@ def _call(ver: int | str | None, tensors: Tensors, options: Options) -> Result:
             if len(_RECORDS) >= _MAX_RECORDS:
                 _RECORDS.clear()
             _RECORDS[key] = record
+    if record.shape_result is None:
+        return record.run(tensors).out
     return record.shape_result(record.run(tensors))
 
 
-def _result_shaper(ver: int | str, return_lse: bool) -> Callable[[AttnResult], Result]:
+def _result_shaper(ver: int | str, return_lse: bool) -> Callable[[AttnResult], Result] | None:
     if not return_lse:
-        return lambda result: result.out
+        return None
     if ver == 3:
         return _fa3_result
     return lambda result: (result.out, result.lse)  # type: ignore[return-value]  # lse was asked for
@@ -95,6 +102,9 @@ def _window(window_size: Window | None) -> Any:
     if window_size is None:
         return (-1, -1)
     return tuple(window_size) if isinstance(window_size, list) else window_size
+
+
+_NO_FEATURES: frozenset[str] = frozenset()
 
 
 def _features(**given: object) -> frozenset[str]:
@@ -235,26 +245,47 @@ def flash_attn_with_kvcache(
         _sinks(sinks, s_aux, learnable_sink),
         scheduler_metadata,
     )
-    features = _features(
-        k=k,
-        v=v,
-        qv=qv,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_seqlens=rotary_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=one_spelling(cache_leftpad=cache_leftpad, leftpad_k=leftpad_k),
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        score_mod=score_mod,
-        aux_tensors=aux_tensors,
-        mask_mod=mask_mod,
-        only_qv=only_qv or None,
-        batch_invariant=batch_invariant or None,
-    )
-    options = Options(
+    features = _NO_FEATURES
+    if not (
+        k is None
+        and v is None
+        and qv is None
+        and rotary_cos is None
+        and rotary_sin is None
+        and rotary_seqlens is None
+        and cache_batch_idx is None
+        and cache_leftpad is None
+        and leftpad_k is None
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+        and not attention_chunk
+        and score_mod is None
+        and aux_tensors is None
+        and mask_mod is None
+        and not only_qv
+        and not batch_invariant
+    ):
+        features = _features(
+            k=k,
+            v=v,
+            qv=qv,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_seqlens=rotary_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=one_spelling(cache_leftpad=cache_leftpad, leftpad_k=leftpad_k),
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk or None,
+            score_mod=score_mod,
+            aux_tensors=aux_tensors,
+            mask_mod=mask_mod,
+            only_qv=only_qv or None,
+            batch_invariant=batch_invariant or None,
+        )
+    scalars = (
         "kvcache",
         softmax_scale,
         causal,
@@ -269,7 +300,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse or return_attn_probs or return_lse,
         pack_gqa,
     )
-    return _call(ver, tensors, options)
+    return _call(ver, tensors, scalars)
 
 
 def flash_attn_varlen_func(
@@ -385,19 +416,32 @@ def flash_attn_varlen_func(
         _sinks(sinks, s_aux, learnable_sink),
         scheduler_metadata,
     )
-    features = _features(
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        score_mod=score_mod,
-        aux_tensors=aux_tensors,
-        mask_mod=mask_mod,
-        only_qv=only_qv or None,
-        batch_invariant=batch_invariant or None,
-    )
-    options = Options(
+    features = _NO_FEATURES
+    if not (
+        qv is None
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+        and not attention_chunk
+        and score_mod is None
+        and aux_tensors is None
+        and mask_mod is None
+        and not only_qv
+        and not batch_invariant
+    ):
+        features = _features(
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk or None,
+            score_mod=score_mod,
+            aux_tensors=aux_tensors,
+            mask_mod=mask_mod,
+            only_qv=only_qv or None,
+            batch_invariant=batch_invariant or None,
+        )
+    scalars = (
         "varlen",
         softmax_scale,
         causal,
@@ -412,7 +456,7 @@ def flash_attn_varlen_func(
         return_softmax_lse or return_attn_probs or return_lse,
         pack_gqa,
     )
-    return _call(ver, tensors, options)
+    return _call(ver, tensors, scalars)
 
 
 def flash_attn_func(
@@ -481,15 +525,24 @@ def flash_attn_func(
     """
     sink_logits = _sinks(sinks, None, learnable_sink)
     tensors = Tensors(q, k, v, out, None, None, None, None, None, sink_logits, None)
-    features = _features(
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        attention_chunk=attention_chunk or None,
-        batch_invariant=batch_invariant or None,
-    )
-    options = Options(
+    features = _NO_FEATURES
+    if not (
+        qv is None
+        and q_descale is None
+        and k_descale is None
+        and v_descale is None
+        and not attention_chunk
+        and not batch_invariant
+    ):
+        features = _features(
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            attention_chunk=attention_chunk or None,
+            batch_invariant=batch_invariant or None,
+        )
+    scalars = (
         "dense",
         softmax_scale,
         causal,
@@ -504,7 +557,7 @@ def flash_attn_func(
         return_attn_probs or return_softmax_lse or return_lse,
         pack_gqa,
     )
-    return _call(ver, tensors, options)
+    return _call(ver, tensors, scalars)
 
 
 def _table(page_table: Any, block_table: Any) -> Any:

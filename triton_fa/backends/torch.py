@@ -160,7 +160,7 @@ def _keys(
     if tensors.page_table is None:
         return k[seq.seq_idx, begin:end], v[seq.seq_idx, begin:end]
     if begin == end:
-        return k[0, :0], v[0, :0]
+        return k[:0].flatten(0, 1), v[:0].flatten(0, 1)
     page_size = problem.spec.page_size
     first_page = begin // page_size
     pages = tensors.page_table[seq.seq_idx, first_page : -(-end // page_size)]

@@ -149,6 +149,10 @@ def decode_kernel(
         first_q, seqlen_q, first_k, begin, end, offset, num_tiles = decode_work(
             seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
         )
+        after = tl.where(seq_idx + 1 < batch, seq_idx + 1, 0)
+        first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
+            after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+        )
         rows = tl.arange(0, BLOCK_M)
         token = rows // GROUP
         cols = tl.arange(0, BLOCK_N)
@@ -186,24 +190,22 @@ def decode_kernel(
         for step in tl.range(0, count):
             # Where the next tile is, and its page numbers: one iteration ahead of its K and V.
             last = tile + 1 >= num_tiles
-            seq_idx_ = seq_idx + 0
-            head_ = head + 0
-            tile_ = tile + 1
-            first_q_ = first_q + 0
-            seqlen_q_ = seqlen_q + 0
-            first_k_ = first_k + 0
-            begin_ = begin + 0
-            end_ = end + 0
-            offset_ = offset + 0
-            num_tiles_ = num_tiles + 0
-            if last:
-                wrap = seq_idx + 1 >= batch
-                seq_idx_ = tl.where(wrap, 0, seq_idx + 1)
-                head_ = head + wrap.to(tl.int32)
-                tile_ = 0
-                first_q_, seqlen_q_, first_k_, begin_, end_, offset_, num_tiles_ = decode_work(
-                    seq_idx_, seq_idx_ < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
-                )
+            wrap = last & (seq_idx + 1 >= batch)
+            seq_idx_ = tl.where(last, after, seq_idx)
+            head_ = head + wrap.to(tl.int32)
+            tile_ = tl.where(last, 0, tile + 1)
+            first_q_ = tl.where(last, first_q1, first_q)
+            seqlen_q_ = tl.where(last, seqlen_q1, seqlen_q)
+            first_k_ = tl.where(last, first_k1, first_k)
+            begin_ = tl.where(last, begin1, begin)
+            end_ = tl.where(last, end1, end)
+            offset_ = tl.where(last, offset1, offset)
+            num_tiles_ = tl.where(last, num_tiles1, num_tiles)
+            # Unconditional: a branch here would keep the page numbers out of the pipeline.
+            after = tl.where(seq_idx_ + 1 < batch, seq_idx_ + 1, 0)
+            first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
+                after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            )
             if PAGED:
                 if WHOLE_TILES:
                     ahead = tl.minimum(begin_ + tile_ * BLOCK_N, tl.maximum(end_ - 1, 0))

@@ -53,7 +53,7 @@ POINTERS = (
 def call_tensors(
     tensors: Tensors, result: AttnResult, part: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """What `POINTERS` names; `part` is the workspace."""
+    """What `POINTERS` names, and a None for an absent descriptor; `part` is the workspace."""
     return (
         result.out,
         result.lse,
@@ -67,6 +67,7 @@ def call_tensors(
         tensors.seqused_q,
         tensors.seqused_k,
         tensors.sinks,
+        None,
     )
 
 
@@ -82,13 +83,16 @@ class PlannedLaunch:
     """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
 
     def indices(self) -> tuple[int, ...]:
-        """Places in `POINTERS` of the kernel's leading arguments that are addresses."""
-        return tuple(POINTERS.index(n) for n in self.kernel.arg_names if n in POINTERS)
+        """Places in `call_tensors` of the kernel's leading arguments; its last is always None."""
+        absent = len(POINTERS)
+        return tuple(POINTERS.index(n) if n in POINTERS else absent for n in self._leading())
 
     def pointers(self, given: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
         """The kernel's leading arguments out of `call_tensors`, descriptors included."""
-        leading = [n for n in self.kernel.arg_names if n.endswith(("_ptr", "_desc"))]
-        return tuple(self._pointer(name, given) for name in leading)
+        return tuple(self._pointer(name, given) for name in self._leading())
+
+    def _leading(self) -> list[str]:
+        return [n for n in self.kernel.arg_names if n.endswith(("_ptr", "_desc"))]
 
     def _pointer(self, name: str, given: tuple[torch.Tensor | None, ...]) -> Any:
         if name in POINTERS:

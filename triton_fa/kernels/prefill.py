@@ -45,9 +45,7 @@ def key_pages(
 
 @triton.jit
 def load_keys(
-    source,  # tensor descriptor [batch or pages, tokens, heads, dim], or None
-    base_ptr,  # pointer at the kv head, or None
-    strides,  # (batch or page, token)
+    source,  # (descriptor [batch or pages, tokens, heads, dim] or None, pointer, strides)
     place,  # (page or sequence, first key token, kv head)
     start,
     live_keys,
@@ -65,11 +63,12 @@ def load_keys(
     the nearest live key when read through pointers with CLAMP.
     """
     page, first_k, head = place
-    if source is not None:
+    descriptor, base_ptr, strides = source
+    if descriptor is not None:
         if PAGED:
-            block = source.load([page, start % PAGE_SIZE, head, 0])
+            block = descriptor.load([page, start % PAGE_SIZE, head, 0])
         else:
-            block = source.load([page, first_k + start, head, 0])
+            block = descriptor.load([page, first_k + start, head, 0])
         return block.reshape([BLOCK_N, BLOCK_D])
     else:
         token = start + tl.arange(0, BLOCK_N)
@@ -92,14 +91,52 @@ def load_keys(
 
 
 @triton.jit
+def masked_scores(
+    raw,
+    start,
+    row_range,  # first key and one past the last key that each row sees
+    scale_log2,
+    softcap_log2,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    IEEE: tl.constexpr,
+):
+    """Scores of the block of keys at `start`: raw, or with a softcap in base 2; masked -inf."""
+    if HAS_SOFTCAP:
+        raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
+    if MASKED:
+        token = start + tl.arange(0, BLOCK_N)
+        keep = token[None, :] < row_range[1][:, None]
+        if HAS_LEFT:
+            keep &= token[None, :] >= row_range[0][:, None]
+        raw = tl.where(keep, raw, NEG_INF)
+    return raw
+
+
+@triton.jit
+def softmax_step(raw, row_max, row_sum, scale_log2, HAS_SOFTCAP: tl.constexpr):
+    """(weights, factor for what was summed before, new row maximum, new row sum)."""
+    if HAS_SOFTCAP:
+        new_max = tl.maximum(row_max, tl.max(raw, 1))
+        prob = tl.exp2(raw - new_max[:, None])
+    else:
+        # The scale is positive (the launcher folds a sign into q).
+        new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
+        prob = tl.exp2(raw * scale_log2 - new_max[:, None])
+    alpha = tl.exp2(row_max - new_max)
+    return prob, alpha, new_max, row_sum * alpha + tl.sum(prob, 1)
+
+
+@triton.jit
 def attend_blocks(
-    state,  # (row_max, row_sum, acc)
+    state,  # (row maximum, row sum, accumulator, scores at `begin`, pages of it and the next block)
     q,
     begin,
     end,
-    row_begin,
-    row_end,
-    live_keys,  # first and last key that any row of the tile sees
+    row_range,
+    live_keys,
     keys,  # (descriptor, pointer, strides) of K
     values,  # and of V
     place,  # (sequence, first key token, kv head)
@@ -114,33 +151,30 @@ def attend_blocks(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     IEEE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Online softmax over key blocks [begin, end), a multiple of BLOCK_N apart."""
-    row_max, row_sum, acc = state
-    seq_idx, first_k, head = place
+    """Online softmax over key blocks [begin, end), BLOCK_N apart; `end` is scored, not summed.
+
+    The scores of the next block are only carried to the next step: so their product runs while
+    the softmax of this block does.
+    """
+    row_max, row_sum, acc, raw, page, page_next = state
     PAGED: tl.constexpr = paging[0] is not None
-    TMA: tl.constexpr = keys[0] is not None
-    WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
-    if PAGED:
-        page = key_pages(paging, begin, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
-    else:
-        page = seq_idx * 1
     for start in tl.range(begin, end, BLOCK_N):
-        # Page numbers are fetched one block ahead of the keys.
         if PAGED:
-            page_ = key_pages(paging, start + BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
-        here = (page, first_k, head)
+            # Page numbers are fetched one block ahead of the keys.
+            page_after = key_pages(
+                paging, start + 2 * BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE
+            )
         k = load_keys(
-            keys[0],
-            keys[1],
-            keys[2],
-            here,
-            start,
+            keys,
+            (page_next, place[1], place[2]),
+            start + BLOCK_N,
             live_keys,
             total_k,
             HEAD_DIM,
@@ -148,31 +182,27 @@ def attend_blocks(
             BLOCK_D,
             PAGE_SIZE,
             PAGED,
-            MASKED,
+            True,
         )
-        raw = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
-        if HAS_SOFTCAP:
-            raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
-        if MASKED:
-            token = start + tl.arange(0, BLOCK_N)
-            keep = token[None, :] < row_end[:, None]
-            if HAS_LEFT:
-                keep &= token[None, :] >= row_begin[:, None]
-            raw = tl.where(keep, raw, NEG_INF)
-        if HAS_SOFTCAP:
-            new_max = tl.maximum(row_max, tl.max(raw, 1))
-            prob = tl.exp2(raw - new_max[:, None])
-        else:
-            new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
-            prob = tl.exp2(raw * scale_log2 - new_max[:, None])
-        alpha = tl.exp2(row_max - new_max)
-        row_sum = row_sum * alpha + tl.sum(prob, 1)
-        row_max = new_max
+        raw_next = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
+        scores = masked_scores(
+            raw,
+            start,
+            row_range,
+            scale_log2,
+            softcap_log2,
+            BLOCK_N,
+            HAS_LEFT,
+            HAS_SOFTCAP,
+            MASKED,
+            IEEE,
+        )
+        prob, alpha, row_max, row_sum = softmax_step(
+            scores, row_max, row_sum, scale_log2, HAS_SOFTCAP
+        )
         v = load_keys(
-            values[0],
-            values[1],
-            values[2],
-            here,
+            values,
+            (page, place[1], place[2]),
             start,
             live_keys,
             total_k,
@@ -181,18 +211,15 @@ def attend_blocks(
             BLOCK_DV,
             PAGE_SIZE,
             PAGED,
-            MASKED,
+            HAS_LEFT,
         )
-        if MASKED and TMA:
-            # A neighbour's or an unused row may hold NaN, and 0 * NaN is not 0.
-            live = token <= live_keys[1]
-            if HAS_LEFT:
-                live &= token >= live_keys[0]
-            v = tl.where(live[:, None], v, 0.0)
         acc = dot(prob.to(v.dtype), v, acc * alpha[:, None], IEEE, INTERPRETED)
+        raw = raw_next
         if PAGED:
-            page = page_
-    return row_max, row_sum, acc
+            # Not a plain copy: Triton does not pipeline a loop that carries a value two steps.
+            page = tl.minimum(page_next, paging[2] - 1)
+            page_next = page_after
+    return row_max, row_sum, acc, raw, page, page_next
 
 
 @triton.jit
@@ -261,6 +288,9 @@ def prefill_kernel(
     HAS_SINK: tl.constexpr = sinks_ptr is not None
     HAS_LEFT: tl.constexpr = window_left is not None
     HAS_RIGHT: tl.constexpr = window_right is not None
+    PAGED: tl.constexpr = page_table_ptr is not None
+    # A block of keys lies inside one page.
+    WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
     lengths = (
         cu_seqlens_q_ptr,
         seqused_q_ptr,
@@ -322,11 +352,6 @@ def prefill_kernel(
         )
         if NEGATE:
             q = -q
-        state = (
-            tl.full([BLOCK_M], NO_SCORE, tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
-        )
         k_base = k_ptr
         v_base = v_ptr
         if k_desc is None:
@@ -339,14 +364,47 @@ def prefill_kernel(
         else:
             place = (seq_idx * 0, first_k, head)
         paging = (page_table_ptr, seq_idx.to(tl.int64) * table_stride, num_pages)
+        row_range = (row_begin, row_end)
+        if PAGED:
+            page = key_pages(paging, begin, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+            page_after = key_pages(paging, begin + BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+        else:
+            page = place[0] + 0
+            page_after = place[0] + 0
+        k = load_keys(
+            keys,
+            (page, place[1], place[2]),
+            begin,
+            live_keys,
+            total_k,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            PAGE_SIZE,
+            PAGED,
+            True,
+        )
+        raw = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
+        state = (
+            tl.full([BLOCK_M], NO_SCORE, tl.float32),
+            tl.zeros([BLOCK_M], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
+            raw,
+            page,
+            page_after,
+        )
+        # The last block is finished behind the loops: nothing is scored after it, and only there
+        # may rows behind the sequence's end occur.
+        final = tl.maximum(stop - BLOCK_N, begin)
+        full_begin = tl.minimum(full_begin, final)
+        full_end = tl.minimum(full_end, final)
         if HAS_LEFT:
             state = attend_blocks(
                 state,
                 q,
                 begin,
                 full_begin,
-                row_begin,
-                row_end,
+                row_range,
                 live_keys,
                 keys,
                 values,
@@ -362,6 +420,7 @@ def prefill_kernel(
                 BLOCK_D,
                 BLOCK_DV,
                 PAGE_SIZE,
+                WHOLE,
                 HAS_LEFT,
                 HAS_SOFTCAP,
                 True,
@@ -373,8 +432,7 @@ def prefill_kernel(
             q,
             full_begin,
             full_end,
-            row_begin,
-            row_end,
+            row_range,
             live_keys,
             keys,
             values,
@@ -390,19 +448,19 @@ def prefill_kernel(
             BLOCK_D,
             BLOCK_DV,
             PAGE_SIZE,
+            WHOLE,
             HAS_LEFT,
             HAS_SOFTCAP,
             False,
             IEEE,
             INTERPRETED,
         )
-        row_max, row_sum, acc = attend_blocks(
+        row_max, row_sum, acc, raw, page, _ = attend_blocks(
             state,
             q,
             full_end,
-            stop,
-            row_begin,
-            row_end,
+            final,
+            row_range,
             live_keys,
             keys,
             values,
@@ -418,12 +476,45 @@ def prefill_kernel(
             BLOCK_D,
             BLOCK_DV,
             PAGE_SIZE,
+            WHOLE,
             HAS_LEFT,
             HAS_SOFTCAP,
             True,
             IEEE,
             INTERPRETED,
         )
+        scores = masked_scores(
+            raw,
+            final,
+            row_range,
+            scale_log2,
+            softcap_log2,
+            BLOCK_N,
+            HAS_LEFT,
+            HAS_SOFTCAP,
+            True,
+            IEEE,
+        )
+        prob, alpha, row_max, row_sum = softmax_step(
+            scores, row_max, row_sum, scale_log2, HAS_SOFTCAP
+        )
+        v = load_keys(
+            values,
+            (page, place[1], place[2]),
+            final,
+            live_keys,
+            total_k,
+            HEAD_DIM_V,
+            BLOCK_N,
+            BLOCK_DV,
+            PAGE_SIZE,
+            PAGED,
+            True,
+        )
+        if k_desc is not None:
+            # They may hold NaN, and 0 * NaN is not 0.
+            v = tl.where((final + tl.arange(0, BLOCK_N) <= live_keys[1])[:, None], v, 0.0)
+        acc = dot(prob.to(v.dtype), v, acc * alpha[:, None], IEEE, INTERPRETED)
         if HAS_SINK:
             sink = tl.load(sinks_ptr + q_head).to(tl.float32) * LOG2E
             factor, lse = finish(row_max, row_sum, sink, True)

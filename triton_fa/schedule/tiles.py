@@ -59,17 +59,21 @@ def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillT
         return PrefillTile(32, 32, 4, 1)
     size = spec.dtype.itemsize
     if size == 4:
-        choices = [PrefillTile(64, 32, 8, 1), PrefillTile(32, 32, 4, 1), PrefillTile(16, 16, 4, 1)]
+        choices = [PrefillTile(64, 32, 8, 1), PrefillTile(32, 32, 4, 1)] if dim <= 128 else []
+        choices += [PrefillTile(16, 32, 4, 1), PrefillTile(16, 16, 4, 1)]
     elif device.arch[0] == 9 and max_rows > 64:
         choices = [PrefillTile(128, 64, 8, 2)]
         if dim <= 64:
             choices.insert(0, PrefillTile(64, 64, 4, 3))
         elif dim <= 128:
             choices.insert(0, PrefillTile(128, 64, 4, 2))
+    elif device.kind == "cuda" and max_rows > 64:  # on AMD it spills
+        choices = [PrefillTile(128, 64, 8, 2)]
     else:
-        choices = [PrefillTile(128, 64, 8, 2)] if max_rows > 64 else []
+        choices = []
     choices += [PrefillTile(64, 64, 4, 2), PrefillTile(64, 32, 4, 2), PrefillTile(32, 32, 4, 1)]
-    return next(c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
+    fitting = (c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
+    return next(fitting, choices[-1])
 
 
 def _prefill_bytes(tile: PrefillTile, dim: int, size: int) -> int:
@@ -87,8 +91,10 @@ def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     if device.kind == "cpu":
         return DecodeTile(32, 4, 1, 2)
     if spec.dtype == torch.float32:
-        choices = [DecodeTile(32, 4, 2, 1), DecodeTile(16, 4, 1, 1)]
-    elif rows > 64:
+        # With 4 warps the accumulators of wide heads do not fit an NVIDIA thread's registers.
+        wide = DecodeTile(16, 8 if device.kind == "cuda" else 4, 1, 1)
+        choices = [wide] if dim > 128 else [DecodeTile(32, 4, 2, 1), DecodeTile(16, 4, 1, 1)]
+    elif rows > 64 or (rows == 64 and device.arch[0] == 10):  # 4 warps spill there
         choices = [DecodeTile(64, 8, 2, 1)]
     elif dim <= 64 and rows <= 16:
         choices = [DecodeTile(128, 8, 3, 2)]
@@ -99,12 +105,19 @@ def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     choices += [DecodeTile(64, 4, 2, 1), DecodeTile(32, 4, 2, 1), DecodeTile(32, 4, 1, 1)]
     choices += [DecodeTile(16, 4, 1, 1)]
     size = spec.dtype.itemsize
-    return next(c for c in choices if _decode_bytes(c, rows, dim, size) <= _shared_budget(device))
+    fitting = (c for c in choices if _decode_bytes(c, rows, dim, size) <= _shared_budget(device))
+    # The estimate is an upper bound: where nothing seems to fit, the smallest tile still may.
+    return next(fitting, choices[-1])
 
 
 def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
-    """Shared memory of all resident programs of a decode tile: keys, values and q per stage."""
-    per_program = (2 * tile.block_n + max(16, rows)) * dim * size * max(1, tile.num_stages)
+    """Shared memory of all resident programs of a decode tile.
+
+    Keys, values and q once a stage; 64 rows and more also stage the operands of wgmma.
+    """
+    per_stage = 2 * tile.block_n + max(16, rows)
+    operands = 2 * tile.block_n if rows >= 64 and size == 2 else 0
+    per_program = (per_stage * max(1, tile.num_stages) + operands) * dim * size
     return per_program * tile.programs_per_sm
 
 

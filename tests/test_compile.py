@@ -1,0 +1,267 @@
+"""Every kernel compiles for every chip without one, fits its shared memory and spills nothing hot.
+
+jit functions are made for the interpreter where these tests run, so each chip is compiled for in
+a process of its own (this file, run as a script), once for all of the chip's tests.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triton_fa.device import DeviceFacts
+from triton_fa.normalize import Options, problem
+from triton_fa.problem import AttnResult, Problem, Tensors
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a kernel is compiled for, and planned on."""
+
+    arch: int | str
+    warp_size: int
+    facts: DeviceFacts
+
+
+CHIPS = {
+    "sm_80": Chip(80, 32, DeviceFacts("cuda", (8, 0), 108, 163 << 10)),
+    "sm_90": Chip(90, 32, DeviceFacts("cuda", (9, 0), 132, 227 << 10)),
+    "sm_100": Chip(100, 32, DeviceFacts("cuda", (10, 0), 148, 227 << 10)),
+    "sm_120": Chip(120, 32, DeviceFacts("cuda", (12, 0), 170, 99 << 10)),
+    "gfx942": Chip("gfx942", 64, DeviceFacts("hip", (0, 0), 304, 64 << 10)),
+    "gfx950": Chip("gfx950", 64, DeviceFacts("hip", (0, 0), 256, 160 << 10)),
+}
+
+
+def paged(dtype: torch.dtype, heads: int, dim: int, page_size: int, seqlen_q: int = 1) -> Problem:
+    """Four sequences with a cache; several query tokens are packed, and may be decode or not."""
+    batch, heads_kv = 4, 2
+    cache = torch.zeros(8, page_size, heads_kv, dim, dtype=dtype)
+    tensors = Tensors(
+        torch.zeros(batch, 1, heads, dim, dtype=dtype),
+        cache,
+        torch.zeros_like(cache),
+        page_table=torch.zeros(batch, 4, dtype=torch.int32),
+        seqused_k=torch.zeros(batch, dtype=torch.int32),
+    )
+    if seqlen_q == 1:
+        return problem(tensors, Options("kvcache", causal=True, return_lse=True))
+    q = torch.zeros(batch * seqlen_q, heads, dim, dtype=dtype)
+    cu_seqlens_q = torch.zeros(batch + 1, dtype=torch.int32)
+    options = Options("kvcache", causal=True, max_seqlen_q=seqlen_q)
+    return problem(tensors._replace(q=q, cu_seqlens_q=cu_seqlens_q), options)
+
+
+def packed(dtype: torch.dtype, dim: int, window: tuple[int, int], softcap: float) -> Problem:
+    """Two sequences of up to 256 queries and keys, unsplit: what the prefill kernel computes."""
+    heads, heads_kv, seqlen = 8, 2, 256
+    q = torch.zeros(2 * seqlen, heads, dim, dtype=dtype)
+    k = torch.zeros(2 * seqlen, heads_kv, dim, dtype=dtype)
+    cu = torch.zeros(3, dtype=torch.int32)
+    tensors = Tensors(
+        q,
+        k,
+        torch.zeros_like(k),
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        sinks=torch.zeros(heads, dtype=dtype),
+    )
+    options = Options(
+        "varlen",
+        causal=True,
+        window_size=window,
+        softcap=softcap,
+        num_splits=1,
+        max_seqlen_q=seqlen,
+        max_seqlen_k=seqlen,
+        return_lse=True,
+    )
+    return problem(tensors, options)
+
+
+SPECS: dict[str, Callable[[], Problem]] = {
+    "decode-128": lambda: paged(torch.bfloat16, 16, 128, 64),
+    "decode-96-two-panels": lambda: paged(torch.bfloat16, 16, 96, 16),
+    "decode-256": lambda: paged(torch.bfloat16, 8, 256, 64),
+    "mixed-128-page-16": lambda: paged(torch.bfloat16, 8, 128, 16, seqlen_q=128),
+    "prefill-128": lambda: packed(torch.bfloat16, 128, (-1, -1), 0.0),
+    "prefill-64-window-softcap": lambda: packed(torch.float16, 64, (64, -1), 30.0),
+    "mixed-float32": lambda: paged(torch.float32, 8, 64, 16, seqlen_q=128),
+}
+# Shared memory and registers are shortest here; slow to compile, so on the tightest chips only.
+LARGE = {
+    "prefill-256": lambda: packed(torch.bfloat16, 256, (-1, -1), 0.0),
+    "mixed-256-float32": lambda: paged(torch.float32, 8, 256, 16, seqlen_q=128),
+}
+TIGHT = ("sm_120", "gfx942")
+
+CASES = [(chip, name) for chip in CHIPS for name in SPECS] + [
+    (chip, name) for chip in TIGHT for name in LARGE
+]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch."""
+
+    case: str
+    kernel: str
+    tile: str
+    described: bool  # through tensor descriptors
+    shared: int
+    registers: int
+    spilled: int  # bytes of local memory a thread, or spilled vector registers
+    error: str = ""
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"{self.case:26} {self.kernel:15} {self.error}"
+        return (
+            f"{self.case:26} {self.kernel:15} {self.tile:22} {'TMA' if self.described else '':3} "
+            f"shared {self.shared:6} registers {self.registers:3} spilled {self.spilled}"
+        )
+
+
+# ---------------------------------------------------------------- in a process of its own
+
+
+def compile_case(chip: Chip, name: str) -> Iterator[Compiled]:
+    """Plan a spec on a chip and compile what was planned."""
+    from triton.backends.compiler import GPUTarget
+
+    from triton_fa.kernels.launch import cross_compile
+    from triton_fa.kernels.plans import call_tensors, plan
+
+    target = GPUTarget(chip.facts.kind, chip.arch, chip.warp_size)
+    given = (SPECS | LARGE)[name]()
+    lse = torch.zeros(1) if given.return_lse else None
+    out = torch.zeros(1, dtype=given.spec.dtype)
+    tensors = call_tensors(given.tensors, AttnResult(out, lse), torch.zeros(1))
+    for step in plan(given, chip.facts).launches:
+        values, options = step.values, step.options
+        tile = f"{values.get('BLOCK_M', '')}x{values['BLOCK_N']}" if "BLOCK_N" in values else ""
+        tile += f" warps {options['num_warps']} stages {options.get('num_stages', '-')}"
+        about = (name, step.kernel.__name__, tile, step.key_box is not None)
+        try:
+            made = cross_compile(step.kernel, step.pointers(tensors), values, options, target)
+        except Exception as error:  # noqa: BLE001  whatever the compiler raises is the result
+            text = f"{type(error).__name__}: {error}"
+            yield Compiled(*about, 0, 0, 0, text[-2000:])
+        else:
+            yield Compiled(*about, made.metadata.shared, *_registers(made.asm))
+
+
+def _registers(asm: dict[str, bytes | str]) -> tuple[int, int]:
+    """(registers, spilled) from the binary itself."""
+    if "amdgcn" in asm:
+        counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", str(asm["amdgcn"])))
+        return int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cubin = asm["cubin"]
+    assert isinstance(cubin, bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", text)[-1]
+    return int(registers), int(stack)
+
+
+def main(chip: str, names: list[str]) -> None:
+    """What a test process reads: a line of JSON for each launch, as soon as it is compiled."""
+    for name in names:
+        for found in compile_case(CHIPS[chip], name):
+            sys.stdout.write(json.dumps(asdict(found)) + "\n")
+            sys.stdout.flush()
+
+
+# ---------------------------------------------------------------- the tests
+
+
+@functools.cache
+def compiled(chip: str) -> tuple[Compiled, ...]:
+    """All launches of a chip's cases."""
+    names = [name for other, name in CASES if other == chip]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run(
+        [sys.executable, __file__, chip, *names],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    found = [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+    if done.returncode:  # an assertion in LLVM ends the process, and the cases that follow
+        error = f"exit status {done.returncode}: {done.stderr[-3000:]}"
+        missing = names[len({c.case for c in found}) :]
+        found += [Compiled(name, "", "", False, 0, 0, 0, error) for name in missing]
+    return tuple(found)
+
+
+def of_case(chip: str, name: str) -> list[Compiled]:
+    found = [c for c in compiled(chip) if c.case == name]
+    table = "\n".join(map(str, found))
+    sys.stdout.write(f"{chip}\n{table}\n")
+    assert found, f"nothing is launched for {name}"
+    assert not any(c.error for c in found), table
+    return found
+
+
+def params() -> list[Any]:
+    """One test a case; those of a chip share its process."""
+    return [
+        pytest.param(chip, name, id=f"{chip}-{name}", marks=pytest.mark.xdist_group(chip))
+        for chip, name in CASES
+    ]
+
+
+@pytest.mark.parametrize(("chip", "name"), params())
+def test_a_plan_compiles_and_fits(chip: str, name: str) -> None:
+    found = of_case(chip, name)
+    limit = CHIPS[chip].facts.shared_memory
+    assert all(c.shared <= limit for c in found), "\n".join(map(str, found))
+    kernels = {c.kernel for c in found}
+    if "decode" in name or "mixed" in name:
+        assert {"decode_kernel", "combine_kernel"} <= kernels
+    if "prefill" in name or "mixed" in name:
+        assert "prefill_kernel" in kernels
+
+
+@pytest.mark.parametrize(
+    ("chip", "name"),
+    [p for p in params() if p.values[1] in ("decode-128", "decode-96-two-panels")],
+)
+def test_decode_and_merge_do_not_spill(chip: str, name: str) -> None:
+    found = of_case(chip, name)
+    assert not any(c.spilled for c in found), "\n".join(map(str, found))
+
+
+@pytest.mark.parametrize("chip", [pytest.param(c, marks=pytest.mark.xdist_group(c)) for c in CHIPS])
+def test_packed_prefill_reads_through_descriptors_where_there_are_any(chip: str) -> None:
+    (prefill,) = of_case(chip, "prefill-128")
+    facts = CHIPS[chip].facts
+    assert prefill.described == (facts.kind == "cuda" and facts.arch >= (9, 0))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
