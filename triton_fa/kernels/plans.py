@@ -20,6 +20,7 @@ from triton_fa.kernels.decode import decode_kernel
 from triton_fa.kernels.prefill import prefill_kernel
 from triton_fa.problem import AttnResult, Problem, Tensors
 from triton_fa.schedule.tiles import (
+    DecodeTile,
     PrefillTile,
     decode_programs,
     decode_tile,
@@ -30,6 +31,7 @@ from triton_fa.schedule.tiles import (
 from triton_fa.spec import AttnSpec
 
 LOG2E = math.log2(math.e)
+REGISTERS_PER_SM = 65536
 MAX_DECODE_ROWS = 64
 """A sequence with at most this many query rows per kv head belongs to the decode path."""
 
@@ -271,7 +273,7 @@ def _decode(
             WIDE_SLOTS=_wide_slots(problem),
             LAZY_MASK=rows > 16,
         ),
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        _decode_options(tile, device),
     )
     block_p, block_r, warps = _merge_shape(programs, bounds.batch, spec, rows)
     merge = PlannedLaunch(
@@ -289,6 +291,15 @@ def _decode(
         {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
     )
     return (attend, merge), 2 * programs * rows * (v0 + v1 + 2)
+
+
+def _decode_options(tile: DecodeTile, device: DeviceFacts) -> dict[str, Any]:
+    """Compiler options; a register limit where resident programs would not fit without one."""
+    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    threads = 32 * tile.num_warps * tile.programs_per_sm
+    if device.kind == "cuda" and REGISTERS_PER_SM // threads < 255:
+        options["maxnreg"] = REGISTERS_PER_SM // threads
+    return options
 
 
 def _wide_slots(problem: Problem) -> bool:
@@ -335,6 +346,7 @@ def _prefill(
             num_row_tiles=row_tiles,
             DECODE_ROWS=decode_rows,
             BLOCK_M=tile.block_m,
+            HALVES=tile.halves,
             BLOCK_N=tile.block_n,
             BLOCK_D=block_d,
             BLOCK_DV=block_dv,

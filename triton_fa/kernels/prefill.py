@@ -131,12 +131,12 @@ def softmax_step(raw, row_max, row_sum, scale_log2, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def attend_blocks(
-    state,  # (row maximum, row sum, accumulator, scores at `begin`, pages of it and the next block)
-    q,
+    state,  # (row maximum, row sum, accumulator) of each half of the rows
+    queries,  # the rows' halves; None for the second if there is one only
     begin,
     end,
-    row_range,
-    live_keys,
+    row_ranges,  # of each half
+    live_keys,  # first and last key that any row of the tile sees
     keys,  # (descriptor, pointer, strides) of K
     values,  # and of V
     place,  # (sequence, first key token, kv head)
@@ -146,35 +146,39 @@ def attend_blocks(
     softcap_log2,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    WHOLE: tl.constexpr,
     HAS_LEFT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     IEEE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Online softmax over key blocks [begin, end), BLOCK_N apart; `end` is scored, not summed.
+    """Online softmax over key blocks [begin, end), BLOCK_N apart.
 
-    The scores of the next block are only carried to the next step: so their product runs while
-    the softmax of this block does.
+    With two halves, the products of one run while the softmax of the other does.
     """
-    row_max, row_sum, acc, raw, page, page_next = state
+    row_max0, row_sum0, acc0, row_max1, row_sum1, acc1 = state
     PAGED: tl.constexpr = paging[0] is not None
+    TMA: tl.constexpr = keys[0] is not None
+    TWO: tl.constexpr = queries[1] is not None
+    WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
+    if PAGED:
+        page = key_pages(paging, begin, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+    else:
+        page = place[0] + 0
     for start in tl.range(begin, end, BLOCK_N):
         if PAGED:
             # Page numbers are fetched one block ahead of the keys.
-            page_after = key_pages(
-                paging, start + 2 * BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE
-            )
+            page_next = key_pages(paging, start + BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+        here = (page, place[1], place[2])
         k = load_keys(
             keys,
-            (page_next, place[1], place[2]),
-            start + BLOCK_N,
+            here,
+            start,
             live_keys,
             total_k,
             HEAD_DIM,
@@ -182,27 +186,11 @@ def attend_blocks(
             BLOCK_D,
             PAGE_SIZE,
             PAGED,
-            True,
-        )
-        raw_next = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
-        scores = masked_scores(
-            raw,
-            start,
-            row_range,
-            scale_log2,
-            softcap_log2,
-            BLOCK_N,
-            HAS_LEFT,
-            HAS_SOFTCAP,
             MASKED,
-            IEEE,
-        )
-        prob, alpha, row_max, row_sum = softmax_step(
-            scores, row_max, row_sum, scale_log2, HAS_SOFTCAP
         )
         v = load_keys(
             values,
-            (page, place[1], place[2]),
+            here,
             start,
             live_keys,
             total_k,
@@ -211,15 +199,122 @@ def attend_blocks(
             BLOCK_DV,
             PAGE_SIZE,
             PAGED,
-            HAS_LEFT,
+            MASKED,
         )
-        acc = dot(prob.to(v.dtype), v, acc * alpha[:, None], IEEE, INTERPRETED)
-        raw = raw_next
+        if MASKED and TMA:
+            # Rows behind the sequence's end may hold NaN, and 0 * NaN is not 0.
+            v = tl.where((start + tl.arange(0, BLOCK_N) <= live_keys[1])[:, None], v, 0.0)
+        raw0 = dot(queries[0], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
+        if TWO:
+            raw1 = dot(queries[1], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
+        raw0 = masked_scores(
+            raw0,
+            start,
+            row_ranges[0],
+            scale_log2,
+            softcap_log2,
+            BLOCK_N,
+            HAS_LEFT,
+            HAS_SOFTCAP,
+            MASKED,
+            IEEE,
+        )
+        prob0, alpha0, row_max0, row_sum0 = softmax_step(
+            raw0, row_max0, row_sum0, scale_log2, HAS_SOFTCAP
+        )
+        acc0 = dot(prob0.to(v.dtype), v, acc0 * alpha0[:, None], IEEE, INTERPRETED)
+        if TWO:
+            raw1 = masked_scores(
+                raw1,
+                start,
+                row_ranges[1],
+                scale_log2,
+                softcap_log2,
+                BLOCK_N,
+                HAS_LEFT,
+                HAS_SOFTCAP,
+                MASKED,
+                IEEE,
+            )
+            prob1, alpha1, row_max1, row_sum1 = softmax_step(
+                raw1, row_max1, row_sum1, scale_log2, HAS_SOFTCAP
+            )
+            acc1 = dot(prob1.to(v.dtype), v, acc1 * alpha1[:, None], IEEE, INTERPRETED)
         if PAGED:
-            # Not a plain copy: Triton does not pipeline a loop that carries a value two steps.
-            page = tl.minimum(page_next, paging[2] - 1)
-            page_next = page_after
-    return row_max, row_sum, acc, raw, page, page_next
+            page = page_next
+    return row_max0, row_sum0, acc0, row_max1, row_sum1, acc1
+
+
+@triton.jit
+def row_view(
+    base,  # (pointer at the sequence's first token and head, token stride, head stride)
+    rows,
+    num_rows,
+    GROUP: tl.constexpr,
+):
+    """Addresses of query rows in a tensor, and which of them exist."""
+    pointer, stride_t, stride_h = base
+    offsets = (rows // GROUP).to(tl.int64) * stride_t + (rows % GROUP).to(tl.int64) * stride_h
+    return pointer + offsets, rows < num_rows
+
+
+@triton.jit
+def load_rows(base, rows, num_rows, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Query rows as [rows, BLOCK], zeros where there are none."""
+    pointers, mask = row_view(base, rows, num_rows, GROUP)
+    dims = tl.arange(0, BLOCK)
+    return tl.load(
+        pointers[:, None] + dims[None, :], mask=mask[:, None] & (dims < DIM)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def seen_keys(rows, offset, seqlen_k, windows, GROUP: tl.constexpr):
+    """First key and one past the last key that each row sees."""
+    window_left, window_right = windows
+    token = rows // GROUP
+    first = 0 * token
+    end = seqlen_k + 0 * token
+    if window_left is not None:
+        first = token + offset - window_left
+    if window_right is not None:
+        end = tl.minimum(token + offset + window_right + 1, seqlen_k)
+    return first, end
+
+
+@triton.jit
+def store_rows(
+    out_base,
+    lse_base,
+    sinks_ptr,  # at the kv head's first query head
+    rows,
+    num_rows,
+    row_max,
+    row_sum,
+    acc,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """Divide by the sums and write rows of the result."""
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + rows % GROUP).to(tl.float32) * LOG2E
+        factor, lse = finish(row_max, row_sum, sink, True)
+    else:
+        factor, lse = finish(row_max, row_sum, 0.0, False)
+    pointers, mask = row_view(out_base, rows, num_rows, GROUP)
+    dims = tl.arange(0, BLOCK)
+    tl.store(
+        pointers[:, None] + dims[None, :],
+        tl.where((row_sum > 0)[:, None], acc * factor[:, None], 0.0).to(
+            out_base[0].dtype.element_ty
+        ),
+        mask=mask[:, None] & (dims < DIM)[None, :],
+    )
+    if HAS_LSE:
+        pointers, mask = row_view(lse_base, rows, num_rows, GROUP)
+        tl.store(pointers, lse, mask=mask)
 
 
 @triton.jit
@@ -272,6 +367,7 @@ def prefill_kernel(
     PAGE_SIZE: tl.constexpr,
     DECODE_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -285,12 +381,9 @@ def prefill_kernel(
 
     Sequences of at most DECODE_ROWS rows belong to the decode path and are left alone.
     """
-    HAS_SINK: tl.constexpr = sinks_ptr is not None
     HAS_LEFT: tl.constexpr = window_left is not None
     HAS_RIGHT: tl.constexpr = window_right is not None
-    PAGED: tl.constexpr = page_table_ptr is not None
-    # A block of keys lies inside one page.
-    WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
+    BLOCK_H: tl.constexpr = BLOCK_M // HALVES
     lengths = (
         cu_seqlens_q_ptr,
         seqused_q_ptr,
@@ -312,46 +405,66 @@ def prefill_kernel(
     if (row_tile * BLOCK_M < num_rows) & (num_rows > DECODE_ROWS):
         first_k, seqlen_k = key_span(seq_idx, seq_idx < batch, lengths)
         offset = seqlen_k - seqlen_q
-        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        token = rows // GROUP
-        first_token = row_tile * BLOCK_M // GROUP
-        end_token = tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP + 1, seqlen_q)
-        begin, end = visible_keys(
-            first_token, end_token, offset, seqlen_k, (window_left, window_right)
-        )
+        windows = (window_left, window_right)
+        first_row = row_tile * BLOCK_M
+        first_token = first_row // GROUP
+        end_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, seqlen_q)
+        begin, end = visible_keys(first_token, end_token, offset, seqlen_k, windows)
         live_keys = (begin, tl.maximum(end - 1, begin))
         begin = begin // BLOCK_N * BLOCK_N
+        stop = begin + (end - begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         # Keys that the first and the last row both see, and so all between them.
-        row_end = seqlen_k + 0 * token
-        row_begin = 0 * token
         full_begin = begin
         full_end = end
         if HAS_RIGHT:
-            row_end = tl.minimum(token + offset + window_right + 1, seqlen_k)
             full_end = tl.minimum(first_token + offset + window_right + 1, full_end)
         if HAS_LEFT:
-            row_begin = token + offset - window_left
             full_begin = tl.maximum(end_token - 1 + offset - window_left, begin)
             full_begin = (full_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-        stop = begin + (end - begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         full_begin = tl.minimum(full_begin, stop)
         full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
 
-        q_head = head * GROUP + rows % GROUP
-        row_mask = rows < num_rows
-        dims = tl.arange(0, BLOCK_D)
-        q_row = (
-            seq_idx.to(tl.int64) * q_stride_b
-            + (first_q + token).to(tl.int64) * q_stride_t
-            + q_head.to(tl.int64) * q_stride_h
+        q_base = (
+            q_ptr
+            + seq_idx.to(tl.int64) * q_stride_b
+            + first_q.to(tl.int64) * q_stride_t
+            + (head * GROUP).to(tl.int64) * q_stride_h,
+            q_stride_t,
+            q_stride_h,
         )
-        q = tl.load(
-            q_ptr + q_row[:, None] + dims[None, :],
-            mask=row_mask[:, None] & (dims < HEAD_DIM)[None, :],
-            other=0.0,
-        )
+        rows0 = first_row + tl.arange(0, BLOCK_H)
+        q0 = load_rows(q_base, rows0, num_rows, GROUP, HEAD_DIM, BLOCK_D)
         if NEGATE:
-            q = -q
+            q0 = -q0
+        if HALVES == 2:
+            rows1 = first_row + BLOCK_H + tl.arange(0, BLOCK_H)
+            q1 = load_rows(q_base, rows1, num_rows, GROUP, HEAD_DIM, BLOCK_D)
+            if NEGATE:
+                q1 = -q1
+            queries = (q0, q1)
+            row_ranges = (
+                seen_keys(rows0, offset, seqlen_k, windows, GROUP),
+                seen_keys(rows1, offset, seqlen_k, windows, GROUP),
+            )
+            state = (
+                tl.full([BLOCK_H], NO_SCORE, tl.float32),
+                tl.zeros([BLOCK_H], tl.float32),
+                tl.zeros([BLOCK_H, BLOCK_DV], tl.float32),
+                tl.full([BLOCK_H], NO_SCORE, tl.float32),
+                tl.zeros([BLOCK_H], tl.float32),
+                tl.zeros([BLOCK_H, BLOCK_DV], tl.float32),
+            )
+        else:
+            queries = (q0, None)
+            row_ranges = (seen_keys(rows0, offset, seqlen_k, windows, GROUP), None)
+            state = (
+                tl.full([BLOCK_H], NO_SCORE, tl.float32),
+                tl.zeros([BLOCK_H], tl.float32),
+                tl.zeros([BLOCK_H, BLOCK_DV], tl.float32),
+                tl.zeros([1], tl.float32),
+                tl.zeros([1], tl.float32),
+                tl.zeros([1], tl.float32),
+            )
         k_base = k_ptr
         v_base = v_ptr
         if k_desc is None:
@@ -364,47 +477,13 @@ def prefill_kernel(
         else:
             place = (seq_idx * 0, first_k, head)
         paging = (page_table_ptr, seq_idx.to(tl.int64) * table_stride, num_pages)
-        row_range = (row_begin, row_end)
-        if PAGED:
-            page = key_pages(paging, begin, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
-            page_after = key_pages(paging, begin + BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
-        else:
-            page = place[0] + 0
-            page_after = place[0] + 0
-        k = load_keys(
-            keys,
-            (page, place[1], place[2]),
-            begin,
-            live_keys,
-            total_k,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            PAGE_SIZE,
-            PAGED,
-            True,
-        )
-        raw = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
-        state = (
-            tl.full([BLOCK_M], NO_SCORE, tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),
-            raw,
-            page,
-            page_after,
-        )
-        # The last block is finished behind the loops: nothing is scored after it, and only there
-        # may rows behind the sequence's end occur.
-        final = tl.maximum(stop - BLOCK_N, begin)
-        full_begin = tl.minimum(full_begin, final)
-        full_end = tl.minimum(full_end, final)
         if HAS_LEFT:
             state = attend_blocks(
                 state,
-                q,
+                queries,
                 begin,
                 full_begin,
-                row_range,
+                row_ranges,
                 live_keys,
                 keys,
                 values,
@@ -415,12 +494,11 @@ def prefill_kernel(
                 softcap_log2,
                 HEAD_DIM,
                 HEAD_DIM_V,
-                BLOCK_M,
+                BLOCK_H,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
                 PAGE_SIZE,
-                WHOLE,
                 HAS_LEFT,
                 HAS_SOFTCAP,
                 True,
@@ -429,10 +507,10 @@ def prefill_kernel(
             )
         state = attend_blocks(
             state,
-            q,
+            queries,
             full_begin,
             full_end,
-            row_range,
+            row_ranges,
             live_keys,
             keys,
             values,
@@ -443,24 +521,23 @@ def prefill_kernel(
             softcap_log2,
             HEAD_DIM,
             HEAD_DIM_V,
-            BLOCK_M,
+            BLOCK_H,
             BLOCK_N,
             BLOCK_D,
             BLOCK_DV,
             PAGE_SIZE,
-            WHOLE,
             HAS_LEFT,
             HAS_SOFTCAP,
             False,
             IEEE,
             INTERPRETED,
         )
-        row_max, row_sum, acc, raw, page, _ = attend_blocks(
+        state = attend_blocks(
             state,
-            q,
+            queries,
             full_end,
-            final,
-            row_range,
+            stop,
+            row_ranges,
             live_keys,
             keys,
             values,
@@ -471,72 +548,64 @@ def prefill_kernel(
             softcap_log2,
             HEAD_DIM,
             HEAD_DIM_V,
-            BLOCK_M,
+            BLOCK_H,
             BLOCK_N,
             BLOCK_D,
             BLOCK_DV,
             PAGE_SIZE,
-            WHOLE,
             HAS_LEFT,
             HAS_SOFTCAP,
             True,
             IEEE,
             INTERPRETED,
         )
-        scores = masked_scores(
-            raw,
-            final,
-            row_range,
-            scale_log2,
-            softcap_log2,
-            BLOCK_N,
-            HAS_LEFT,
-            HAS_SOFTCAP,
-            True,
-            IEEE,
+        out_base = (
+            out_ptr
+            + seq_idx.to(tl.int64) * out_stride_b
+            + first_q.to(tl.int64) * out_stride_t
+            + (head * GROUP).to(tl.int64) * out_stride_h,
+            out_stride_t,
+            out_stride_h,
         )
-        prob, alpha, row_max, row_sum = softmax_step(
-            scores, row_max, row_sum, scale_log2, HAS_SOFTCAP
-        )
-        v = load_keys(
-            values,
-            (page, place[1], place[2]),
-            final,
-            live_keys,
-            total_k,
-            HEAD_DIM_V,
-            BLOCK_N,
-            BLOCK_DV,
-            PAGE_SIZE,
-            PAGED,
-            True,
-        )
-        if k_desc is not None:
-            # They may hold NaN, and 0 * NaN is not 0.
-            v = tl.where((final + tl.arange(0, BLOCK_N) <= live_keys[1])[:, None], v, 0.0)
-        acc = dot(prob.to(v.dtype), v, acc * alpha[:, None], IEEE, INTERPRETED)
-        if HAS_SINK:
-            sink = tl.load(sinks_ptr + q_head).to(tl.float32) * LOG2E
-            factor, lse = finish(row_max, row_sum, sink, True)
-        else:
-            factor, lse = finish(row_max, row_sum, 0.0, False)
-        vdims = tl.arange(0, BLOCK_DV)
-        out_row = (
-            seq_idx.to(tl.int64) * out_stride_b
-            + (first_q + token).to(tl.int64) * out_stride_t
-            + q_head.to(tl.int64) * out_stride_h
-        )
-        tl.store(
-            out_ptr + out_row[:, None] + vdims[None, :],
-            tl.where((row_sum > 0)[:, None], acc * factor[:, None], 0.0).to(
-                out_ptr.dtype.element_ty
-            ),
-            mask=row_mask[:, None] & (vdims < HEAD_DIM_V)[None, :],
-        )
+        lse_base = (None, 0, 0)
         if HAS_LSE:
-            lse_row = (
-                seq_idx.to(tl.int64) * lse_stride_b
-                + (first_q + token).to(tl.int64) * lse_stride_t
-                + q_head.to(tl.int64) * lse_stride_h
+            lse_base = (
+                lse_ptr
+                + seq_idx.to(tl.int64) * lse_stride_b
+                + first_q.to(tl.int64) * lse_stride_t
+                + (head * GROUP).to(tl.int64) * lse_stride_h,
+                lse_stride_t,
+                lse_stride_h,
             )
-            tl.store(lse_ptr + lse_row, lse, mask=row_mask)
+        sinks = sinks_ptr
+        if sinks_ptr is not None:
+            sinks = sinks_ptr + head * GROUP
+        store_rows(
+            out_base,
+            lse_base,
+            sinks,
+            rows0,
+            num_rows,
+            state[0],
+            state[1],
+            state[2],
+            GROUP,
+            HEAD_DIM_V,
+            BLOCK_DV,
+            HAS_LSE,
+        )
+        if HALVES == 2:
+            store_rows(
+                out_base,
+                lse_base,
+                sinks,
+                rows1,
+                num_rows,
+                state[3],
+                state[4],
+                state[5],
+                GROUP,
+                HEAD_DIM_V,
+                BLOCK_DV,
+                HAS_LSE,
+            )

@@ -23,6 +23,7 @@ class PrefillTile:
     block_n: int
     num_warps: int
     num_stages: int
+    halves: int = 1  # 2: the rows are computed as two halves, products beside softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,18 @@ def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillT
         choices = [PrefillTile(64, 32, 8, 1), PrefillTile(32, 32, 4, 1)] if dim <= 128 else []
         choices += [PrefillTile(16, 32, 4, 1), PrefillTile(16, 16, 4, 1)]
     elif device.arch[0] == 9 and max_rows > 64:
-        choices = [PrefillTile(128, 64, 8, 2)]
+        # Measured on an H200 (docs/log.md). Two halves keep the tensor cores busy during softmax;
+        # short sequences leave fewer rows idle in the smaller tile.
         if dim <= 64:
-            choices.insert(0, PrefillTile(64, 64, 4, 3))
+            choices = [PrefillTile(128, 64, 4, 3, 2)]
+        elif dim <= 128 and max_rows > 4096:
+            choices = [PrefillTile(256, 64, 8, 3, 2)]
         elif dim <= 128:
-            choices.insert(0, PrefillTile(128, 64, 4, 2))
-    elif device.kind == "cuda" and max_rows > 64:  # on AMD it spills
-        choices = [PrefillTile(128, 64, 8, 2)]
+            choices = [PrefillTile(128, 64, 4, 2, 2)]
+        else:
+            choices = [PrefillTile(128, 64, 8, 2)]
     else:
-        choices = []
+        choices = [PrefillTile(128, 64, 8, 2)] if max_rows > 64 else []
     choices += [PrefillTile(64, 64, 4, 2), PrefillTile(64, 32, 4, 2), PrefillTile(32, 32, 4, 1)]
     fitting = (c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
     return next(fitting, choices[-1])
@@ -97,7 +101,7 @@ def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     elif rows > 64 or (rows == 64 and device.arch[0] == 10):  # 4 warps spill there
         choices = [DecodeTile(64, 8, 2, 1)]
     elif dim <= 64 and rows <= 16:
-        choices = [DecodeTile(128, 8, 3, 2)]
+        choices = [DecodeTile(128, 4, 3, 2)]
     elif dim > 128:
         choices = [DecodeTile(64, 4, 3, 1)]
     else:
