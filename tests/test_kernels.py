@@ -23,8 +23,6 @@ from parity_tests.runners import Prepared
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.xdist_group("kernels")
-
 DIMS = (8, 16, 40, 48, 72, 80, 96)
 TILE = 32  # rows and keys of a tile in the interpreter
 
@@ -242,17 +240,17 @@ def test_split_and_unsplit(num_splits: int, seqlen_q: int, device: str) -> None:
 
 def test_unsplit_is_one_kernel(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     from triton_fa import api
-    from triton_fa.backends import triton as backend
+    from triton_fa.kernels import plans
 
     launched: list[list[str]] = []
-    real = backend.plan
+    real = plans.plan
 
     def spy(*arguments: Any) -> Any:
         planned = real(*arguments)
         launched.append([step.kernel.__name__ for step in planned.launches])
         return planned
 
-    monkeypatch.setattr(backend, "plan", spy)
+    monkeypatch.setattr(plans, "plan", spy)
     for num_splits in (0, 1):
         api._RECORDS.clear()
         agrees(PAGED.with_changes(num_splits=num_splits), device)

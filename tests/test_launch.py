@@ -125,10 +125,11 @@ def test_a_hit_plans_and_sizes_nothing(fresh: pytest.MonkeyPatch, device: str) -
     """The same through our own kernels: a plan, and launches, are made once."""
     pytest.importorskip("triton")
     from triton_fa.backends import triton as backend
+    from triton_fa.kernels import plans
 
     planned: list[object] = []
-    real = backend.plan
-    fresh.setattr(backend, "plan", lambda *given: planned.append(given) or real(*given))
+    real = plans.plan
+    fresh.setattr(plans, "plan", lambda *given: planned.append(given) or real(*given))
     built: list[object] = []
     real_launch = backend.Launch
     fresh.setattr(backend, "Launch", lambda *given: built.append(given) or real_launch(*given))

@@ -146,7 +146,7 @@ def test_the_callers_tensors_are_not_copied() -> None:
 
 @pytest.mark.parametrize("batch", [0, 1, 3, 4, 5, 255, 256, 1023])
 def test_metadata_is_never_longer_than_engines_allot(batch: int) -> None:
-    assert normalize.metadata_length(batch) == 4 * ((batch + 3) // 4 * 4) + 1
+    assert spec.metadata_entries(batch) == 4 * ((batch + 3) // 4 * 4) + 1
 
 
 def test_a_batch_of_nothing() -> None:

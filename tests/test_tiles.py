@@ -153,16 +153,6 @@ def test_only_wide_float32_heads_of_128_rows_cannot_fit(chip: str) -> None:
             assert dim > 128
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_hopper_keeps_what_was_measured(dtype: torch.dtype) -> None:
-    """A change of these is a change of the benchmarks: docs/log.md first."""
-    hopper = CHIPS["sm_90"]
-    decode = decode_tile(spec(dtype, 128, 128), hopper, 8)
-    assert (decode.block_n, decode.num_warps, decode.programs_per_sm) == (64, 4, 2)
-    small = decode_tile(spec(dtype, 64, 64), hopper, 8)
-    assert (small.block_n, small.num_warps, small.programs_per_sm) == (128, 8, 2)
-
-
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("heads_kv", [1, 2, 3, 5, 7, 8, 64, 128, 500])
 def test_there_is_always_a_decode_program(chip: str, heads_kv: int) -> None:

@@ -1,6 +1,11 @@
 """Attention for LLM inference in Triton, behind the functions of FlashAttention-3 and -4."""
 
-from triton_fa.api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from triton_fa.api import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+)
 from triton_fa.dispatch import BackendStatus, FallbackWarning, backends, strict
 from triton_fa.errors import (
     ArgumentError,
@@ -13,6 +18,7 @@ from triton_fa.errors import (
     UnsupportedError,
 )
 from triton_fa.merge import flash_attn_combine, merge_state
+from triton_fa.warm import warmup
 
 __version__ = "0.1.0"
 
@@ -32,6 +38,8 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
     "merge_state",
     "strict",
+    "warmup",
 ]

@@ -17,7 +17,7 @@ from triton_fa import dispatch, normalize
 from triton_fa.backends.base import Run
 from triton_fa.checks import one_spelling
 from triton_fa.normalize import Options
-from triton_fa.problem import AttnResult, Tensors
+from triton_fa.problem import AttnResult, Lengths, Tensors
 
 Window = Sequence[int | None]
 Result = torch.Tensor | tuple[torch.Tensor, ...]
@@ -570,3 +570,157 @@ def _sinks(sinks: Any, s_aux: Any, learnable_sink: Any) -> Any:
     if s_aux is None and learnable_sink is None:
         return sinks
     return one_spelling(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+
+
+_SCHEDULES: dict[tuple[Any, ...], Callable[[Lengths, torch.Tensor | None], torch.Tensor]] = {}
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads: int | None = None,
+    num_heads_k: int | None = None,
+    headdim: int | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    seqused_q: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window | None = (-1, -1),
+    attention_chunk: int | None = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    *,
+    ver: int | str | None = None,
+    out: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+    num_heads_q: int | None = None,
+    num_heads_kv: int | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The schedule that one step's layers share, computed once from the lengths on the device.
+
+    One small kernel, no host synchronisation. Pass the result as `scheduler_metadata` to every
+    call with these lengths. It is advice: metadata of other lengths may cost speed, never a wrong
+    number.
+
+    Args:
+        batch_size: Number of sequences.
+        max_seqlen_q: Upper bound of query lengths.
+        max_seqlen_k: Upper bound of key lengths; with pages, table width x page size.
+        num_heads: Query heads.
+        num_heads_k: Key heads.
+        headdim: Head size of queries and keys.
+        cache_seqlens: (batch_size,) int32 key lengths.
+        qkv_dtype: Dtype of queries, keys and values.
+        headdim_v: Head size of values; None: as headdim.
+        cu_seqlens_q: (batch_size + 1,) int32 prefix sums of query lengths; None: all are
+            max_seqlen_q.
+        cu_seqlens_k: (batch_size + 1,) int32 prefix sums of key lengths, with packed keys.
+        cu_seqlens_k_new: Appended lengths. Refused today with ver="triton".
+        seqused_q: (batch_size,) int32 query lengths in use.
+        leftpad_k: Left padding. Refused today with ver="triton".
+        page_size: Tokens of a page; None: not paged.
+        max_seqlen_k_new: Upper bound of appended lengths. Refused today unless 0.
+        causal: As of the attention call.
+        window_size: As of the attention call: layers with a window have a schedule of their own.
+        attention_chunk: Refused today unless None or 0.
+        has_softcap: Whether the attention call has a softcap.
+        num_splits: As of the attention call.
+        pack_gqa: As of the attention call.
+        sm_margin: As of the attention call.
+        ver: "triton", "torch", 3, or None for the default; FA4 has no such tensor.
+        out: (4 * round_up(batch_size, 4) + 1,) int32 buffer to fill, e.g. one that a captured
+            graph reads.
+        batch_invariant: Refused today.
+        num_heads_q: Other spelling of num_heads.
+        num_heads_kv: Other spelling of num_heads_k.
+        cache_leftpad: Other spelling of leftpad_k.
+        seqused_k: Other spelling of cache_seqlens.
+
+    Returns:
+        (4 * round_up(batch_size, 4) + 1,) int32; for ver=3 FA3's own, which may be shorter (a
+        view of `out` where that is given).
+
+    Raises:
+        ArgumentError, ArgumentTypeError, ArgumentValueError: bad input.
+        UnknownVersionError, UnsupportedError, BackendUnavailableError: see `strict`.
+    """
+    lengths = Lengths(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        one_spelling(cache_seqlens=cache_seqlens, seqused_k=seqused_k),
+    )
+    leftpad = one_spelling(leftpad_k=leftpad_k, cache_leftpad=cache_leftpad)
+    scalars: tuple[Any, ...] = (
+        batch_size,
+        max_seqlen_q,
+        max_seqlen_k,
+        one_spelling(num_heads=num_heads, num_heads_q=num_heads_q),
+        one_spelling(num_heads_k=num_heads_k, num_heads_kv=num_heads_kv),
+        headdim,
+        headdim_v,
+        qkv_dtype,
+        page_size,
+        causal,
+        _window(window_size),
+        has_softcap,
+        num_splits,
+        sm_margin,
+        _features(
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            leftpad_k=leftpad,
+            max_seqlen_k_new=max_seqlen_k_new or None,
+            attention_chunk=attention_chunk or None,
+            batch_invariant=batch_invariant or None,
+        ),
+    )
+    key = None
+    run = None
+    if cu_seqlens_k_new is None and leftpad is None:  # FA3's extra tensors are no part of a key
+        try:
+            key = (ver, scalars, pack_gqa, dispatch.is_strict(), *map(_signature, (*lengths, out)))
+            run = _SCHEDULES.get(key)
+        except (AttributeError, TypeError):
+            key = None
+    if run is None:
+        options = normalize.MetadataOptions(*scalars)
+        spec, bounds = normalize.schedule(lengths, out, options)
+        arguments = {
+            "batch_size": batch_size,
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+            "num_heads_q": options.num_heads_q,
+            "num_heads_kv": options.num_heads_kv,
+            "headdim": headdim,
+            "headdim_v": headdim_v,
+            "qkv_dtype": qkv_dtype,
+            "cu_seqlens_k_new": cu_seqlens_k_new,
+            "cache_leftpad": leftpad,
+            "page_size": page_size,
+            "max_seqlen_k_new": max_seqlen_k_new,
+            "causal": causal,
+            "window_size": (spec.window_left, -1 if causal else spec.window_right),
+            "attention_chunk": attention_chunk or 0,
+            "has_softcap": has_softcap,
+            "num_splits": num_splits,
+            "pack_gqa": pack_gqa,
+            "sm_margin": sm_margin,
+        }
+        run = dispatch.prepare_schedule(ver, spec, bounds, lengths, arguments)
+        if key is not None:
+            if len(_SCHEDULES) >= _MAX_RECORDS:
+                _SCHEDULES.clear()
+            _SCHEDULES[key] = run
+    return run(lengths, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def require_float(name: str, value: object) -> float:
     return float(value)
 
 
-def one_spelling(**spellings: object) -> object:
+def one_spelling(**spellings: Any) -> Any:
     """The value given under one of several names of the same argument; two that differ raise."""
     given = {name: value for name, value in spellings.items() if value is not None}
     if not given:

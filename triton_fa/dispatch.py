@@ -7,7 +7,7 @@ import functools
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,8 +18,8 @@ from triton_fa import device as device_facts
 from triton_fa.backends.base import Backend, Run
 from triton_fa.env import settings
 from triton_fa.errors import BackendUnavailableError, UnknownVersionError, UnsupportedError
-from triton_fa.problem import Problem, Tensors
-from triton_fa.spec import AttnSpec
+from triton_fa.problem import Lengths, Problem, Tensors
+from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
 Version = int | str
 
@@ -124,6 +124,74 @@ def prepare(ver: Version | None, problem: Problem) -> tuple[Run, Version]:
         run = validate.checked(run, problem)
     _logger.debug("ver=%r runs on %r for %s", ver, chosen, problem.spec)
     return run, version
+
+
+def prepare_schedule(
+    ver: Version | None,
+    spec: AttnSpec,
+    bounds: Bounds,
+    lengths: Lengths,
+    arguments: Mapping[str, Any],
+) -> Callable[[Lengths, torch.Tensor | None], torch.Tensor]:
+    """What makes, or refills, the scheduler metadata of such lengths for `ver`.
+
+    Args:
+        ver: As of the public functions; falls back as they do.
+        spec: What is scheduled.
+        bounds: Its host-known sizes.
+        lengths: Tensors like those of every later call.
+        arguments: All arguments by upstream FA3's names, for `ver=3`.
+    """
+    version = resolve(ver, spec.device)
+    if version == 4:
+        _refuse(4, None, ("get_scheduler_metadata: FA4 takes no metadata tensor",))
+    chosen = "triton" if settings().force_triton else version
+    if chosen == 3:
+        adapter: Any = _load(3)
+        reason = adapter if isinstance(adapter, str) else adapter.unavailable(spec.device)
+        if reason is None:
+            return functools.partial(_fa3_schedule, dict(arguments))
+        if is_strict():
+            _refuse(3, reason, ())
+        _warn_once(3, reason)
+        chosen = "triton"
+    if chosen == "triton":
+        unavailable, reasons = refusals("triton", spec)
+        if unavailable or reasons:
+            _refuse("triton", unavailable, reasons)
+    backend: Any = _load(chosen)
+    fill = None if chosen == "torch" else backend.prepare_schedule(spec, bounds, lengths)
+    entries = metadata_entries(bounds.batch)
+
+    def run(given: Lengths, out: torch.Tensor | None) -> torch.Tensor:
+        if out is None:
+            out = torch.empty(entries, dtype=torch.int32, device=spec.device)
+        if fill is None:
+            return out.zero_()  # plain PyTorch reads the lengths themselves
+        fill(given, out)
+        return out
+
+    return run
+
+
+def _fa3_schedule(
+    arguments: dict[str, Any], lengths: Lengths, out: torch.Tensor | None
+) -> torch.Tensor:
+    """FA3's own metadata; into the head of `out`, its tail zeroed, where a buffer is given."""
+    adapter: Any = importlib.import_module("triton_fa.backends.fa3")
+    given = arguments | {
+        "cache_seqlens": lengths.seqused_k,
+        "cu_seqlens_q": lengths.cu_seqlens_q,
+        "cu_seqlens_k": lengths.cu_seqlens_k,
+        "seqused_q": lengths.seqused_q,
+    }
+    made = cast(torch.Tensor, adapter.scheduler_metadata(given))
+    if out is None:
+        return made
+    view = out[: made.shape[0]]
+    view.copy_(made)
+    out[made.shape[0] :].zero_()
+    return view
 
 
 def _refuse(version: Version, unavailable: str | None, reasons: tuple[str, ...]) -> None:

@@ -20,8 +20,8 @@ from triton_fa.checks import (
     require_tensor,
 )
 from triton_fa.errors import ArgumentError, ArgumentTypeError, ArgumentValueError, LayoutError
-from triton_fa.problem import Problem, Tensors
-from triton_fa.spec import AttnSpec, Bounds, KeyLayout, QueryLayout
+from triton_fa.problem import Lengths, Problem, Tensors
+from triton_fa.spec import AttnSpec, Bounds, KeyLayout, QueryLayout, metadata_entries
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -106,9 +106,9 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         if out.shape[-1] > 1 and out.stride(-1) != 1:
             raise ArgumentError(f"out: expected last stride 1, got strides {out.stride()}")
     if tensors.scheduler_metadata is not None:
-        _check_metadata(tensors.scheduler_metadata, batch, q.device)
+        _check_metadata("scheduler_metadata", tensors.scheduler_metadata, batch, q.device)
 
-    window_left, window_right = _window(options)
+    window_left, window_right = _window(options.causal, options.window_size)
     scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
     softcap = require_float("softcap", 0.0 if options.softcap is None else options.softcap)
     if softcap < 0:
@@ -223,16 +223,15 @@ def _fixed_seqlen_k(
     return max_seqlen_k
 
 
-def _window(options: Options) -> tuple[int, int]:
+def _window(causal: object, window: object) -> tuple[int, int]:
     """(left, right) with -1 for unbounded; causal is right == 0."""
-    causal = require_bool("causal", options.causal)
-    window = options.window_size
+    is_causal = require_bool("causal", causal)
     if not isinstance(window, tuple) or len(window) != 2:
         raise ArgumentTypeError(f"window_size: expected a pair (left, right), got {window!r}")
     left, right = (
         -1 if side is None or _plain_int("window_size", side) < 0 else int(side) for side in window
     )
-    return left, 0 if causal else right
+    return left, 0 if is_causal else right
 
 
 def _plain_int(name: str, value: object) -> int:
@@ -245,24 +244,96 @@ def _pack_gqa(options: Options) -> bool | None:
     return None if options.pack_gqa is None else require_bool("pack_gqa", options.pack_gqa)
 
 
-def metadata_length(batch: int) -> int:
-    """Entries of the scheduler metadata of `batch` sequences."""
-    return 4 * (-(-batch // 4) * 4) + 1
-
-
-def _check_metadata(value: object, batch: int, device: torch.device) -> None:
+def _check_metadata(name: str, value: object, batch: int, device: torch.device) -> None:
     """Type and place only: FA3's own metadata may be shorter, each backend checks its length."""
-    tensor = require_tensor("scheduler_metadata", value)
-    require_dtype("scheduler_metadata", tensor, (torch.int32,))
-    require_device("scheduler_metadata", tensor, device)
-    require_rank("scheduler_metadata", tensor, 1, f"(at most {metadata_length(batch)} entries)")
+    tensor = require_tensor(name, value)
+    require_dtype(name, tensor, (torch.int32,))
+    require_device(name, tensor, device)
+    require_rank(name, tensor, 1, f"(at most {metadata_entries(batch)} entries)")
     if not tensor.is_contiguous():
-        raise ArgumentError(
-            f"scheduler_metadata: expected a contiguous tensor, got strides {tensor.stride()}"
-        )
+        raise ArgumentError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
 
 
 def _tensor_features(tensors: Tensors) -> frozenset[str]:
     present = {"sinks": tensors.sinks, "scheduler_metadata": tensors.scheduler_metadata}
     present |= {"seqused_q": tensors.seqused_q, "out": tensors.out}
     return frozenset(name for name, tensor in present.items() if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataOptions:
+    """The arguments of `get_scheduler_metadata` that are not tensors (hashable)."""
+
+    batch_size: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    headdim: int
+    headdim_v: int | None
+    qkv_dtype: torch.dtype
+    page_size: int | None
+    causal: bool
+    window_size: tuple[int | None, int | None]
+    has_softcap: bool
+    num_splits: int
+    sm_margin: int
+    features: frozenset[str]
+
+
+def schedule(
+    lengths: Lengths, out: torch.Tensor | None, options: MetadataOptions
+) -> tuple[AttnSpec, Bounds]:
+    """Validate the arguments of `get_scheduler_metadata`: what to schedule, and its bounds."""
+    seqused_k = require_tensor("cache_seqlens", lengths.seqused_k)
+    batch = require_int("batch_size", options.batch_size, 0)
+    device = seqused_k.device
+    require_index("cache_seqlens", seqused_k, (batch,), device)
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        if (prefix := getattr(lengths, name)) is not None:
+            require_index(name, prefix, (batch + 1,), device)
+    if lengths.seqused_q is not None:
+        require_index("seqused_q", lengths.seqused_q, (batch,), device)
+    if out is not None:
+        _check_metadata("out", out, batch, device)
+        require_shape("out", out, (metadata_entries(batch),))
+    heads_q = require_int("num_heads_q", options.num_heads_q, 1)
+    heads_kv = require_int("num_heads_kv", options.num_heads_kv, 1)
+    if heads_q % heads_kv:
+        raise ArgumentError(
+            f"num_heads_q: expected a multiple of num_heads_kv, got {heads_q} and {heads_kv}"
+        )
+    if options.qkv_dtype not in FLOAT_DTYPES:
+        raise ArgumentError(
+            f"qkv_dtype: expected float16, bfloat16 or float32, got {options.qkv_dtype}"
+        )
+    head_dim = require_int("headdim", options.headdim, 1)
+    left, right = _window(options.causal, options.window_size)
+    max_q = require_int("max_seqlen_q", options.max_seqlen_q, 0)
+    max_k = require_int("max_seqlen_k", options.max_seqlen_k, 0)
+    spec = AttnSpec(
+        entry="kvcache",
+        device=device,
+        dtype=options.qkv_dtype,
+        kv_dtype=options.qkv_dtype,
+        num_heads_q=heads_q,
+        num_heads_kv=heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim
+        if options.headdim_v is None
+        else require_int("headdim_v", options.headdim_v, 1),
+        query_layout="dense" if lengths.cu_seqlens_q is None else "packed",
+        key_layout="paged" if options.page_size else "dense",
+        page_size=options.page_size or 0,
+        softmax_scale=1.0,
+        window_left=left,
+        window_right=right,
+        softcap=1.0 if options.has_softcap else 0.0,
+        num_splits=max(0, _plain_int("num_splits", options.num_splits)),
+        sm_margin=require_int("sm_margin", options.sm_margin, 0),
+        features=options.features,
+        sinks_dtype=None,
+        pack_gqa=None,
+    )
+    # Query tokens are not known here, and nothing of a tensor is addressed by them.
+    return spec, Bounds(batch, 2**31 - 1, max_q, max_k, None)

@@ -31,6 +31,15 @@ class Tensors(NamedTuple):
     scheduler_metadata: torch.Tensor | None = None
 
 
+class Lengths(NamedTuple):
+    """The tensors that say how long the sequences are; see `Tensors`."""
+
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    seqused_q: torch.Tensor | None = None
+    seqused_k: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A validated call. Everything but the values inside `tensors` is fixed by the launch key."""

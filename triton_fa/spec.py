@@ -59,3 +59,8 @@ class Bounds:
     max_seqlen_q: int
     max_seqlen_k: int  # keys one sequence can have: table width x page size, or the key tensor's
     fixed_seqlen_k: int | None  # the length of every sequence where no device tensor gives one
+
+
+def metadata_entries(batch: int) -> int:
+    """int32 entries of the scheduler metadata of `batch` sequences."""
+    return 4 * (-(-batch // 4) * 4) + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,13 +11,17 @@ import triton
 
 from triton_fa import device as device_facts
 from triton_fa.backends.base import Run
+from triton_fa.checks import require_shape
+from triton_fa.kernels import plans
 from triton_fa.kernels.compat import INTERPRETED
 from triton_fa.kernels.launch import Launch
-from triton_fa.kernels.plans import call_tensors, plan
-from triton_fa.problem import AttnResult, Problem, Tensors
-from triton_fa.spec import AttnSpec
+from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
+from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
 SUPPORTED_FEATURES = frozenset({"sinks", "scheduler_metadata", "seqused_q", "out"})
+
+
+CallTensors = tuple[torch.Tensor | None, ...]
 
 
 class TritonBackend:
@@ -51,6 +56,9 @@ class TritonBackend:
     def prepare(self, problem: Problem) -> Run:
         """Compile, size and place the launches of `problem`."""
         bounds = problem.bounds
+        metadata = problem.tensors.scheduler_metadata
+        if metadata is not None:
+            require_shape("scheduler_metadata", metadata, (metadata_entries(bounds.batch),))
         if bounds.batch == 0 or bounds.total_q == 0 or bounds.max_seqlen_q == 0:
             return lambda tensors: _buffers(problem, tensors)
         stand_in = _stand_in(problem)
@@ -61,55 +69,68 @@ class TritonBackend:
         )
         return lambda tensors: inner(tensors._replace(k=stand_in, v=stand_in))
 
+    def prepare_schedule(
+        self, spec: AttnSpec, bounds: Bounds, lengths: Lengths
+    ) -> Callable[[Lengths, torch.Tensor], None]:
+        """What fills metadata from lengths, for tensors like these."""
+        if bounds.batch == 0:
+            return lambda lengths, metadata: _fill_zero(metadata)
+        device = spec.device
+        step = plans.schedule(spec, bounds, lengths, device_facts.facts(device))
+        example = torch.empty(metadata_entries(bounds.batch), dtype=torch.int32, device=device)
+        enqueue = _enqueuer([step], plans.length_tensors(lengths, example), device)
+        return lambda lengths, metadata: enqueue(plans.length_tensors(lengths, metadata))
+
+
+def _fill_zero(metadata: torch.Tensor) -> None:
+    metadata.zero_()
+
 
 def _launches(problem: Problem) -> Run:
     device = problem.spec.device
-    planned = plan(problem, device_facts.facts(device))
+    planned = plans.plan(problem, device_facts.facts(device))
     size = planned.workspace_size
     part = torch.empty(size, dtype=torch.float32, device=device)
-    example = call_tensors(problem.tensors, _buffers(problem, problem.tensors), part)
-    steps = [
-        (
-            step,
-            Launch(
-                step.kernel,
-                step.grid,
-                step.pointers(example),
-                step.values,
-                step.options,
-                device,
-            ),
-        )
-        for step in planned.launches
-    ]
-    direct = [
-        (launch.direct, operator.itemgetter(*step.indices()))
-        for step, launch in steps
-        if launch.direct is not None
-    ]
-    all_direct = len(direct) == len(steps)
-
-    def enqueue(given: tuple[torch.Tensor | None, ...]) -> None:
-        if all_direct:
-            addresses = [None if t is None else t.data_ptr() for t in given]
-            for launch, pick in direct:
-                launch(pick(addresses))
-        else:
-            for step, dispatched in steps:
-                dispatched(step.pointers(given))
+    example = plans.call_tensors(problem.tensors, _buffers(problem, problem.tensors), part)
+    enqueue = _enqueuer(planned.launches, example, device)
 
     def run(tensors: Tensors) -> AttnResult:
         result = _buffers(problem, tensors)
         part = torch.empty(size, dtype=torch.float32, device=device) if size else None
-        given = call_tensors(tensors, result, part)
-        if device.type == "cuda" and torch.cuda.current_device() != device.index:
-            with torch.cuda.device(device):
-                enqueue(given)
-        else:
-            enqueue(given)
+        enqueue(plans.call_tensors(tensors, result, part))
         return result
 
     return run
+
+
+def _enqueuer(
+    steps: Sequence[plans.PlannedLaunch], example: CallTensors, device: torch.device
+) -> Callable[[CallTensors], None]:
+    """Compile `steps` for tensors like `example`; the result launches them for such tensors."""
+    launches = [
+        Launch(step.kernel, step.grid, step.pointers(example), step.values, step.options, device)
+        for step in steps
+    ]
+    direct = [
+        (launch.direct, operator.itemgetter(*step.indices()))
+        for step, launch in zip(steps, launches, strict=True)
+        if launch.direct is not None
+    ]
+    all_direct = len(direct) == len(steps)
+
+    def enqueue(given: CallTensors) -> None:
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                enqueue(given)
+        elif all_direct:
+            addresses = [None if t is None else t.data_ptr() for t in given]
+            for launch, pick in direct:
+                launch(pick(addresses))
+        else:
+            for step, dispatched in zip(steps, launches, strict=True):
+                dispatched(step.pointers(given))
+
+    return enqueue
 
 
 def _buffers(problem: Problem, tensors: Tensors) -> AttnResult:

@@ -13,10 +13,10 @@ from triton_fa.kernels.line import (
     range_of,
     total_and_tiles,
 )
-from triton_fa.kernels.primitives import LOG2E, NO_SCORE, finish
+from triton_fa.kernels.primitives import LOG2E, NO_SCORE, VARYING, finish
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def combine_kernel(
     out_ptr,
     lse_ptr,

@@ -21,6 +21,7 @@ from triton_fa.kernels.primitives import (
     LOG2E,
     NEG_INF,
     NO_SCORE,
+    VARYING,
     dot,
     finish,
     page_ids,
@@ -39,7 +40,7 @@ def load_panel(base_ptr, offsets, dims, dim_size, MASKED: tl.constexpr):
         return tl.load(base_ptr + offsets[:, None] + dims[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def decode_kernel(
     out_ptr,  # q's shape with head_dim_v
     lse_ptr,  # [heads_q, total_q] or [batch, heads_q, seqlen_q], float32

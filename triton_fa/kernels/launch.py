@@ -130,7 +130,7 @@ def cross_compile(
             signature[param.name] = "fp32"
         elif isinstance(value, int):
             signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not param.do_not_specialize:
                 attributes[(param.num,)] = [["tt.divisibility", 16]]
         else:
             block = ", ".join(map(str, value.block_shape))

@@ -7,6 +7,7 @@ device; so a plan holds for every call with the same launch key, and for capture
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from triton_fa.kernels.combine import combine_kernel
 from triton_fa.kernels.compat import INTERPRETED
 from triton_fa.kernels.decode import decode_kernel
 from triton_fa.kernels.prefill import prefill_kernel
-from triton_fa.problem import AttnResult, Problem, Tensors
+from triton_fa.kernels.schedule import schedule_kernel
+from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
 from triton_fa.schedule.tiles import (
     DecodeTile,
     PrefillTile,
@@ -28,7 +30,7 @@ from triton_fa.schedule.tiles import (
     panels,
     prefill_tile,
 )
-from triton_fa.spec import AttnSpec
+from triton_fa.spec import AttnSpec, Bounds
 
 LOG2E = math.log2(math.e)
 REGISTERS_PER_SM = 65536
@@ -48,6 +50,7 @@ POINTERS = (
     "seqused_q_ptr",
     "seqused_k_ptr",
     "sinks_ptr",
+    "metadata_ptr",
 )
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
 
@@ -69,8 +72,17 @@ def call_tensors(
         tensors.seqused_q,
         tensors.seqused_k,
         tensors.sinks,
+        tensors.scheduler_metadata,
         None,
     )
+
+
+def length_tensors(lengths: Lengths, metadata: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """What `POINTERS` names, for the schedule kernel."""
+    given: dict[str, torch.Tensor | None] = dict.fromkeys(POINTERS)
+    given |= {f"{name}_ptr": tensor for name, tensor in lengths._asdict().items()}
+    given["metadata_ptr"] = metadata
+    return (*given.values(), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +134,7 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     """
     spec, bounds = problem.spec, problem.bounds
     most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
-    rows = _decode_rows(problem, most_rows)
+    rows = decode_rows(spec, most_rows, varlen_q=problem.tensors.seqused_q is not None)
     common = _common(problem)
     launches: tuple[PlannedLaunch, ...] = ()
     workspace_size = 0
@@ -134,14 +146,17 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     return Plan(launches, workspace_size)
 
 
-def _decode_rows(problem: Problem, most_rows: int) -> int:
-    """Rows of the decode kernel, a power of two; 0 where no sequence can be on its path."""
-    spec = problem.spec
+def decode_rows(spec: AttnSpec, most_rows: int, *, varlen_q: bool) -> int:
+    """Rows of the decode kernel, a power of two; 0 where no sequence can be on its path.
+
+    `most_rows` bounds the rows of one sequence per kv head; with `varlen_q`, or packed queries,
+    sequences may have fewer.
+    """
     if spec.num_splits == 1:
         return 0  # unsplit rows are what the prefill kernel computes
     if most_rows <= MAX_DECODE_ROWS:
         return next_power_of_2(most_rows)
-    if spec.query_layout == "dense" and problem.tensors.seqused_q is None:
+    if spec.query_layout == "dense" and not varlen_q:
         return 0 if spec.q_heads_per_kv != most_rows or most_rows > 128 else 128
     if spec.q_heads_per_kv > MAX_DECODE_ROWS:
         return 128 if spec.q_heads_per_kv <= 128 else 0
@@ -184,8 +199,6 @@ def _common(problem: Problem) -> dict[str, Any]:
     packed_q = spec.query_layout == "packed"
     packed_k = spec.key_layout == "packed"
     capacity = tensors.k.shape[0] if packed_k else bounds.max_seqlen_k
-    left = -1 if spec.window_left >= capacity - 1 else spec.window_left
-    right = -1 if spec.window_right >= bounds.max_seqlen_q - 1 else spec.window_right
     return {
         **_out_strides(problem, packed_q),
         **_strides("q", tensors.q, packed_q),
@@ -199,8 +212,7 @@ def _common(problem: Problem) -> dict[str, Any]:
         "fixed_seqlen_k": bounds.fixed_seqlen_k or 0,
         "max_seqlen_k": bounds.max_seqlen_k,
         "num_pages": tensors.k.shape[0],
-        "window_left": None if left < 0 else left,
-        "window_right": None if right < 0 else right,
+        **_windows(spec, capacity, bounds.max_seqlen_q),
         **_scales(spec),
         "NUM_HEADS_KV": spec.num_heads_kv,
         "GROUP": spec.q_heads_per_kv,
@@ -213,6 +225,13 @@ def _common(problem: Problem) -> dict[str, Any]:
         "IEEE": spec.dtype == torch.float32,
         "INTERPRETED": INTERPRETED,
     }
+
+
+def _windows(spec: AttnSpec, max_seqlen_k: int, max_seqlen_q: int) -> dict[str, int | None]:
+    """The window, None on a side that bounds nothing for lengths up to these."""
+    left = None if not 0 <= spec.window_left < max_seqlen_k - 1 else spec.window_left
+    right = None if not 0 <= spec.window_right < max_seqlen_q - 1 else spec.window_right
+    return {"window_left": left, "window_right": right}
 
 
 def _scales(spec: AttnSpec) -> dict[str, float]:
@@ -354,6 +373,37 @@ def _prefill(
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
     )
+
+
+def schedule(
+    spec: AttnSpec, bounds: Bounds, lengths: Lengths, device: DeviceFacts
+) -> PlannedLaunch:
+    """The launch that fills the scheduler metadata of these lengths."""
+    most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
+    rows = decode_rows(spec, most_rows, varlen_q=lengths.seqused_q is not None)
+    block_n = decode_tile(spec, device, max(rows, 1)).block_n
+    block_m = prefill_tile(spec, device, most_rows).block_m
+    windows = _windows(spec, bounds.max_seqlen_k, bounds.max_seqlen_q)
+    block_b = _block_b(bounds.batch)
+    layout = (1, rows, block_n, block_m, spec.q_heads_per_kv, *windows.values())
+    values = {
+        "batch": bounds.batch,
+        "segment": -(-bounds.batch // 4) * 4,
+        "total_q": bounds.total_q,
+        "total_k": 2**31 - 1,
+        "fixed_seqlen_q": bounds.max_seqlen_q,
+        "fixed_seqlen_k": bounds.fixed_seqlen_k or 0,
+        "max_seqlen_k": bounds.max_seqlen_k,
+        **windows,
+        "tag": zlib.crc32(repr(layout).encode()) & 0x7FFFFFFF,
+        "GROUP": spec.q_heads_per_kv,
+        "MAX_ROWS": rows,
+        "BLOCK_N": block_n,
+        "BLOCK_M": block_m,
+        "BLOCK_B": block_b,
+        "ORDERED": bounds.batch <= block_b,
+    }
+    return PlannedLaunch(schedule_kernel, (1, 1, 1), values, {"num_warps": 4})
 
 
 def _describable(problem: Problem, device: DeviceFacts, tile: PrefillTile) -> bool:

@@ -14,6 +14,7 @@ from triton_fa.kernels.primitives import (
     LOG2E,
     NEG_INF,
     NO_SCORE,
+    VARYING,
     dot,
     finish,
     key_span,
@@ -317,7 +318,7 @@ def store_rows(
         tl.store(pointers, lse, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
     out_ptr,  # q's shape with head_dim_v
     lse_ptr,  # [heads_q, total_q] or [batch, heads_q, seqlen_q], float32

@@ -12,6 +12,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+VARYING = (
+    "table_stride",
+    "batch",
+    "segment",
+    "total_q",
+    "total_k",
+    "fixed_seqlen_q",
+    "fixed_seqlen_k",
+    "max_seqlen_k",
+    "num_pages",
+    "num_row_tiles",
+    "window_left",
+    "window_right",
+    "tag",
+)
+"""Integer arguments that change from call to call: a value of 1 or 16 is no variant of its own."""
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))

@@ -1,0 +1,102 @@
+"""The scheduler metadata: what one step's layers share about its lengths, in one small kernel.
+
+int32, `4 * br + 1` entries with br = batch rounded up to a multiple of 4; per sequence:
+    [0, br)        inclusive prefix sum of decode tiles (`line.py`)
+    [br, 2 br)     visible keys
+    [2 br, 3 br)   the sequences in prefill order, longest first
+    [3 br, 4 br)   inclusive prefix sum of query row tiles in that order
+    [4 br]         a tag of layout, tile sizes and window
+It is advice: a kernel that reads it checks it against the lengths.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from triton_fa.kernels.line import decode_work
+from triton_fa.kernels.primitives import VARYING, key_span, query_span, visible_keys
+
+
+@triton.jit
+def prefill_work(
+    seq_idx,
+    mask,
+    lengths,
+    windows,
+    GROUP: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Row tiles of sequences on the prefill path (0 for others), and the keys they see."""
+    _, seqlen_q = query_span(seq_idx, mask, lengths)
+    _, seqlen_k = key_span(seq_idx, mask, lengths)
+    begin, end = visible_keys(0, seqlen_q, seqlen_k - seqlen_q, seqlen_k, windows)
+    rows = seqlen_q * GROUP
+    tiles = tl.where(rows > MAX_ROWS, (rows + BLOCK_M - 1) // BLOCK_M, 0)
+    return tiles, tl.where(mask, end - begin, 0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def schedule_kernel(
+    metadata_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    batch,
+    segment,
+    total_q,
+    total_k,
+    fixed_seqlen_q,
+    fixed_seqlen_k,
+    max_seqlen_k,
+    window_left,
+    window_right,
+    tag,
+    GROUP: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ORDERED: tl.constexpr,
+):
+    """Fill the metadata of `batch` sequences; one program. ORDERED: they fit one block."""
+    lengths = (
+        cu_seqlens_q_ptr,
+        seqused_q_ptr,
+        total_q,
+        fixed_seqlen_q,
+        cu_seqlens_k_ptr,
+        seqused_k_ptr,
+        total_k,
+        fixed_seqlen_k,
+        max_seqlen_k,
+    )
+    windows = (window_left, window_right)
+    decode_before = 0
+    rows_before = 0
+    for start in tl.range(0, batch, BLOCK_B, num_stages=1):
+        idx = start + tl.arange(0, BLOCK_B)
+        mask = idx < batch
+        _, _, _, _, _, _, tiles = decode_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_N)
+        tl.store(metadata_ptr + idx, decode_before + tl.cumsum(tiles, 0), mask=mask)
+        decode_before += tl.sum(tiles, 0)
+        row_tiles, visible = prefill_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_M)
+        tl.store(metadata_ptr + segment + idx, visible, mask=mask)
+        order = idx
+        if ORDERED:
+            # Longest first; equal lengths in batch order. Absent sequences go last.
+            work = tl.where(mask, tl.minimum(row_tiles * (visible // BLOCK_N + 1), 0xFFFFF), -1)
+            keys = tl.sort(work * BLOCK_B + (BLOCK_B - 1 - idx), descending=True)
+            order = BLOCK_B - 1 - (keys & (BLOCK_B - 1))
+            in_order = tl.minimum(order, batch - 1)
+            row_tiles, _ = prefill_work(in_order, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_M)
+        tl.store(metadata_ptr + 2 * segment + idx, order, mask=mask)
+        tl.store(metadata_ptr + 3 * segment + idx, rows_before + tl.cumsum(row_tiles, 0), mask=mask)
+        rows_before += tl.sum(row_tiles, 0)
+    # The padding of each segment, so that equal lengths give equal bits.
+    pad = batch + tl.arange(0, 4)
+    for part in tl.static_range(4):
+        tl.store(metadata_ptr + part * segment + pad, 0, mask=pad < segment)
+    tl.store(metadata_ptr + 4 * segment, tag)
