@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import triton_fa
-from triton_fa import normalize
+from triton_fa import normalize, spec
 from triton_fa.normalize import Options
 from triton_fa.problem import Problem, Tensors
 
