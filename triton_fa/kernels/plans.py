@@ -24,10 +24,10 @@ from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
 from triton_fa.schedule.tiles import (
     DecodeTile,
     PrefillTile,
+    decode_panels,
     decode_programs,
     decode_tile,
     next_power_of_2,
-    panels,
     prefill_tile,
 )
 from triton_fa.spec import AttnSpec, Bounds
@@ -262,8 +262,8 @@ def _decode(
     spec, bounds = problem.spec, problem.bounds
     tile = decode_tile(spec, device, rows)
     programs = decode_programs(device, tile, spec.num_heads_kv, spec.sm_margin)
-    d0, d1 = panels(spec.head_dim)
-    v0, v1 = panels(spec.head_dim_v)
+    d0, d1 = decode_panels(spec.head_dim, rows)
+    v0, v1 = decode_panels(spec.head_dim_v, rows)
     # Programmatic dependent launch: the merge starts while the attention kernel still runs.
     pdl = device.kind == "cuda" and device.arch >= (9, 0)
     shared = {
@@ -338,7 +338,7 @@ def _merge_shape(programs: int, batch: int, spec: AttnSpec, rows: int) -> tuple[
     block_p = max(8 if rows > 16 else 16, min(32, pieces))
     if pieces > 64:
         block_p, warps = 64, 2
-    width = next_power_of_2(sum(panels(spec.head_dim_v)))
+    width = next_power_of_2(sum(decode_panels(spec.head_dim_v, rows)))
     return block_p, max(1, min(rows, 4096 * warps // (block_p * width))), warps
 
 

@@ -36,17 +36,26 @@ class DecodeTile:
     programs_per_sm: int
 
 
-def panels(dim: int) -> tuple[int, int]:
-    """`dim` as one or two powers of two of at least 16: 128 -> (128, 0), 96 -> (64, 32).
+def panels(dim: int, smallest: int = 16) -> tuple[int, int]:
+    """`dim` as one or two powers of two of at least `smallest`: 128 -> (128, 0), 96 -> (64, 32).
 
     Two only where they waste less than rounding up: 112 -> (128, 0).
     """
-    whole = max(16, next_power_of_2(dim))
+    whole = max(smallest, next_power_of_2(dim))
     lower = whole // 2
-    if lower < 16 or dim <= lower:
+    if lower < smallest or dim <= lower:
         return whole, 0
-    rest = max(16, next_power_of_2(dim - lower))
+    rest = max(smallest, next_power_of_2(dim - lower))
     return (lower, rest) if lower + rest < whole else (whole, 0)
+
+
+def decode_panels(dim: int, rows: int) -> tuple[int, int]:
+    """The panels of a decode kernel of `rows` rows.
+
+    From 64 rows on products are wgmma, for which Triton 3.6 reads past the shared memory of a
+    panel of 16 (head_dim 72).
+    """
+    return panels(dim, 64 if rows >= 64 else 16)
 
 
 def _shared_budget(device: DeviceFacts) -> int:
@@ -91,7 +100,7 @@ def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
 
     The choices for compute capability 9.0 were measured on an H200 (docs/log.md).
     """
-    dim = max(sum(panels(spec.head_dim)), sum(panels(spec.head_dim_v)))
+    dim = max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
     if device.kind == "cpu":
         return DecodeTile(32, 4, 1, 2)
     if spec.dtype == torch.float32:
