@@ -173,12 +173,22 @@ def test_any_number_of_programs(
     agrees(PAGED.with_changes(sinks=sinks), device)
 
 
+@pytest.mark.parametrize("slope", [-4.0, 4.0])
 def test_more_pieces_than_a_merge_holds_at_once(
-    programs: Callable[[int], None], device: str
+    slope: float, programs: Callable[[int], None], device: str
 ) -> None:
+    """Scores that rise or fall along the keys: earlier or later pieces hold the maximum."""
     programs(40)
-    case = PAGED.with_changes(heads_q=1, heads_kv=1, seqlens_q=(1,), seqlens_k=(40 * TILE,))
-    agrees(case, device)
+    seqlen_k = 40 * TILE
+    generator = torch.Generator().manual_seed(0)
+    q = torch.ones(1, 1, 1, 16, device=device)
+    k = (torch.linspace(0, slope, seqlen_k) / 4)[None, :, None, None].repeat(1, 1, 1, 16)
+    v = torch.randn(1, seqlen_k, 1, 16, generator=generator).to(device)
+    arguments = {"q": q, "k_cache": k.to(device), "v_cache": v}
+    out, lse = triton_fa.flash_attn_with_kvcache(**arguments, return_softmax_lse=True, ver="triton")
+    want, want_lse = reference.flash_attn_with_kvcache(**arguments)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", [31, 32, 33, 257])

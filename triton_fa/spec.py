@@ -45,6 +45,11 @@ class AttnSpec:
     pack_gqa: bool | None = None  # a hint, passed on to FA3 and FA4
 
     @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's bits must not depend on the rest of the batch."""
+        return "batch_invariant" in self.features
+
+    @property
     def q_heads_per_kv(self) -> int:
         """GQA group size."""
         return self.num_heads_q // self.num_heads_kv

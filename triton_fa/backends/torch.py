@@ -17,7 +17,9 @@ from triton_fa.backends.base import Run, allocate, without_work
 from triton_fa.problem import AttnResult, Problem, Tensors
 from triton_fa.spec import AttnSpec
 
-SUPPORTED_FEATURES = frozenset({"sinks", "scheduler_metadata", "seqused_q", "out"})
+SUPPORTED_FEATURES = frozenset(
+    {"sinks", "scheduler_metadata", "seqused_q", "out", "batch_invariant"}
+)
 # Scores held at once: query rows are taken in pieces, so that memory stays bounded.
 _MAX_SCORES = 1 << 25
 

@@ -18,7 +18,9 @@ from triton_fa.kernels.launch import Launch
 from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
 from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
-SUPPORTED_FEATURES = frozenset({"sinks", "scheduler_metadata", "seqused_q", "out"})
+SUPPORTED_FEATURES = frozenset(
+    {"sinks", "scheduler_metadata", "seqused_q", "out", "batch_invariant"}
+)
 
 
 CallTensors = tuple[torch.Tensor | None, ...]
@@ -49,8 +51,6 @@ class TritonBackend:
         for name, dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
             if dim % 8 or not 8 <= dim <= 256:
                 reasons.append(f"{name}={dim}: expected a multiple of 8 up to 256")
-        if spec.num_splits > 1:
-            reasons.append(f"num_splits={spec.num_splits}: expected 0 or 1")
         return reasons
 
     def prepare(self, problem: Problem) -> Run:
@@ -90,7 +90,7 @@ def _launches(problem: Problem) -> Run:
     device = problem.spec.device
     planned = plans.plan(problem, device_facts.facts(device))
     size = planned.workspace_size
-    part = torch.empty(size, dtype=torch.float32, device=device)
+    part = torch.empty(size, dtype=torch.float32, device=device) if size else None
     example = plans.call_tensors(problem.tensors, _buffers(problem, problem.tensors), part)
     enqueue = _enqueuer(planned.launches, example, device)
 

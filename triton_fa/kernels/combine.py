@@ -8,10 +8,12 @@ import triton.language as tl
 from triton_fa.kernels.compat import grid_dependency_wait
 from triton_fa.kernels.line import (
     decode_work,
+    line_units,
     locate,
     program_range,
     range_of,
-    total_and_tiles,
+    total_and_units,
+    units_before,
 )
 from triton_fa.kernels.primitives import LOG2E, NO_SCORE, VARYING, finish
 
@@ -38,6 +40,9 @@ def combine_kernel(
     fixed_seqlen_q,
     fixed_seqlen_k,
     max_seqlen_k,
+    num_slots,
+    smallest_chunk,
+    most_pieces,
     window_left,
     window_right,
     PROGRAMS: tl.constexpr,
@@ -56,7 +61,8 @@ def combine_kernel(
     HAS_LSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way.
+    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way;
+    with chunking, of sequence v // NUM_HEADS_KV.
 
     m = max_p m_p; l = sum_p 2^(m_p - m) l_p; out = sum_p 2^(m_p - m) acc_p / l, in order of p.
     Everything but the partials is loaded before the attention kernel has ended.
@@ -74,38 +80,58 @@ def combine_kernel(
         max_seqlen_k,
     )
     windows = (window_left, window_right)
-    part_stat_ptr = part_ptr + 2 * PROGRAMS * ROWS * V
+    part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * V)
     pid = tl.program_id(0)
-    total_tiles, tiles = total_and_tiles(
-        batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
-    )
-    head, index, first, share, extra = program_range(pid, total_tiles, NUM_HEADS_KV, PROGRAMS)
-    final = first + share + (index < extra).to(tl.int32) - 1
-    if PROGRAMS % NUM_HEADS_KV == 0:
-        line_start = 0
-        slot_start = head * (PROGRAMS // NUM_HEADS_KV)
+    CHUNKED: tl.constexpr = most_pieces is not None
+    if CHUNKED:
+        chunking = (smallest_chunk, most_pieces)
     else:
-        head = final // total_tiles
-        line_start = head * total_tiles
-        slot_start = 0
-    seq_idx, before = locate(
-        tl.maximum(final - line_start, 0),
-        tiles,
-        batch,
-        lengths,
-        windows,
-        GROUP,
-        MAX_ROWS,
-        BLOCK_N,
-        BLOCK_B,
-        ONE_BLOCK,
+        chunking = None
+    total_units, units, _ = total_and_units(
+        batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
+    if CHUNKED:
+        head = pid % NUM_HEADS_KV
+        seq_idx = pid // NUM_HEADS_KV
+        before = units_before(
+            seq_idx, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
+        )
+        first_slot = head * total_units + before
+    else:
+        head, index, first, share, extra = program_range(pid, total_units, NUM_HEADS_KV, PROGRAMS)
+        final = first + share + (index < extra).to(tl.int32) - 1
+        if PROGRAMS % NUM_HEADS_KV == 0:
+            line_start = 0
+            slot_start = head * (PROGRAMS // NUM_HEADS_KV)
+        else:
+            head = final // total_units
+            line_start = head * total_units
+            slot_start = 0
+        seq_idx, before = locate(
+            tl.maximum(final - line_start, 0),
+            units,
+            batch,
+            lengths,
+            windows,
+            chunking,
+            GROUP,
+            MAX_ROWS,
+            BLOCK_N,
+            BLOCK_B,
+            ONE_BLOCK,
+        )
     first_q, seqlen_q, _, _, _, _, num_tiles = decode_work(
         seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
     )
-    owner = range_of(line_start + before, share, extra)
-    pieces = range_of(line_start + before + num_tiles - 1, share, extra) - owner + 1
-    if (owner == index) & (pieces > 1) & (final >= first):
+    if CHUNKED:
+        pieces = line_units(num_tiles, chunking)
+        ours = pieces > 1
+    else:
+        owner = range_of(line_start + before, share, extra)
+        pieces = range_of(line_start + before + num_tiles - 1, share, extra) - owner + 1
+        ours = (owner == index) & (pieces > 1) & (final >= first)
+        first_slot = 2 * (slot_start + owner)
+    if ours:
         rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         dims = tl.arange(0, BLOCK_V)
         piece = tl.arange(0, BLOCK_P)
@@ -121,14 +147,17 @@ def combine_kernel(
         for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
             nth = start + piece
             live = nth < pieces
-            # The first piece began with the sequence: it is what its program left half-way.
-            slot = 2 * (slot_start + owner + nth) + (nth == 0).to(tl.int32)
-            part_row = slot[:, None] * ROWS + rows[None, :]
+            if CHUNKED:
+                slot = first_slot + nth
+            else:
+                # The first piece began with the sequence: it is what its program left half-way.
+                slot = first_slot + 2 * nth + (nth == 0).to(tl.int32)
+            part_row = slot.to(tl.int64)[:, None] * ROWS + rows[None, :]
             stat = part_stat_ptr + part_row * 2
             part_max = tl.load(stat, mask=live[:, None], other=NO_SCORE, cache_modifier=".cg")
             part_sum = tl.load(stat + 1, mask=live[:, None], other=0.0, cache_modifier=".cg")
             part = tl.load(
-                part_ptr + part_row[:, :, None].to(tl.int64) * V + dims[None, None, :],
+                part_ptr + part_row[:, :, None] * V + dims[None, None, :],
                 mask=live[:, None, None] & (dims < V)[None, None, :],
                 other=0.0,
                 cache_modifier=".cg",

@@ -7,6 +7,10 @@ partial results: of the sequence it enters half-way (slot 2v) and of the one it 
 (slot 2v + 1); a sequence inside one range is written to the output directly. Pieces of one
 sequence belong to consecutive v, which is what `combine.py` merges, in that order.
 
+With chunking (`line.py`) ranges are made of whole pieces of sequences, and every piece of a
+sequence of several is a partial result of its own: what is computed for a sequence then depends on
+its own length alone, or is cut into no more pieces than asked for.
+
 Grid and workspace depend on shapes only; the ranges are found on the device from the lengths.
 """
 
@@ -16,7 +20,14 @@ import triton
 import triton.language as tl
 
 from triton_fa.kernels.compat import grid_dependency_release
-from triton_fa.kernels.line import decode_work, locate, program_range, total_and_tiles
+from triton_fa.kernels.line import (
+    chunk_tiles,
+    decode_work,
+    locate,
+    program_range,
+    tiles_in_range,
+    total_and_units,
+)
 from triton_fa.kernels.primitives import (
     LOG2E,
     NEG_INF,
@@ -44,7 +55,7 @@ def load_panel(base_ptr, offsets, dims, dim_size, MASKED: tl.constexpr):
 def decode_kernel(
     out_ptr,  # q's shape with head_dim_v
     lse_ptr,  # [heads_q, total_q] or [batch, heads_q, seqlen_q], float32
-    part_ptr,  # float32: [2 * programs, ROWS, V0 + V1] accumulators, then [2 * programs, ROWS, 2]
+    part_ptr,  # float32: [slots, ROWS, V0 + V1] accumulators, then [slots, ROWS, 2]
     q_ptr,
     k_ptr,
     v_ptr,
@@ -77,6 +88,9 @@ def decode_kernel(
     fixed_seqlen_k,
     max_seqlen_k,
     num_pages,
+    num_slots,
+    smallest_chunk,
+    most_pieces,
     window_left,
     window_right,
     scale_log2,
@@ -128,24 +142,43 @@ def decode_kernel(
     )
     windows = (window_left, window_right)
     # Row maximum (base 2) and row sum of every partial result.
-    part_stat_ptr = part_ptr + 2 * PROGRAMS * ROWS * (V0 + V1)
+    if part_ptr is not None:
+        part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * (V0 + V1))
     pid = tl.program_id(0)
-    total_tiles, tiles = total_and_tiles(
-        batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+    CHUNKED: tl.constexpr = most_pieces is not None
+    if CHUNKED:
+        chunking = (smallest_chunk, most_pieces)
+    else:
+        chunking = None
+    total_units, units, _ = total_and_units(
+        batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
-    head, index, position, share, extra = program_range(pid, total_tiles, NUM_HEADS_KV, PROGRAMS)
+    head, index, position, share, extra = program_range(pid, total_units, NUM_HEADS_KV, PROGRAMS)
     count = share + (index < extra).to(tl.int32)
-    if PROGRAMS % NUM_HEADS_KV == 0:
+    if CHUNKED:
+        # The launcher sees to it that the heads divide the programs.
+        slot = head * total_units + position
+    elif PROGRAMS % NUM_HEADS_KV == 0:
         slot = 2 * (head * (PROGRAMS // NUM_HEADS_KV) + index)
     else:
         slot = 2 * index
-        head = position // total_tiles
-        position = position - head * total_tiles
+        head = position // total_units
+        position = position - head * total_units
     if PDL:
         grid_dependency_release()
     if count > 0:
         seq_idx, before = locate(
-            position, tiles, batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+            position,
+            units,
+            batch,
+            lengths,
+            windows,
+            chunking,
+            GROUP,
+            MAX_ROWS,
+            BLOCK_N,
+            BLOCK_B,
+            ONE_BLOCK,
         )
         first_q, seqlen_q, first_k, begin, end, offset, num_tiles = decode_work(
             seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
@@ -166,6 +199,21 @@ def decode_kernel(
         q_rows = token.to(tl.int64) * q_stride_t + (rows % GROUP) * q_stride_h
 
         tile = position - before
+        if CHUNKED:
+            chunk = chunk_tiles(num_tiles, chunking)
+            tile = tile * chunk
+            count = tiles_in_range(
+                position,
+                count,
+                batch,
+                lengths,
+                windows,
+                chunking,
+                GROUP,
+                MAX_ROWS,
+                BLOCK_N,
+                BLOCK_B,
+            )
         if PAGED:
             if WHOLE_TILES:
                 ahead = tl.minimum(begin + tile * BLOCK_N, tl.maximum(end - 1, 0))
@@ -304,8 +352,18 @@ def decode_kernel(
             if V1 > 0:
                 v1 = load_panel(v_base, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
                 acc1 = dot(weights, v1, acc1 * alpha[:, None], IEEE, INTERPRETED)
-            if last | (step == count - 1):
-                if last & (whole == 1):
+            if CHUNKED:
+                done = last | ((tile + 1) % chunk == 0)
+                direct = num_tiles <= chunk
+                target = slot
+                slot += done.to(tl.int32)
+                chunk = tl.where(last, chunk_tiles(num_tiles_, chunking), chunk)
+            else:
+                done = last | (step == count - 1)
+                direct = last & (whole == 1)
+                target = slot + whole
+            if done:
+                if direct:
                     if HAS_SINK:
                         sink = tl.load(sinks_ptr + head * GROUP + rows % GROUP)
                         sink = sink.to(tl.float32) * LOG2E
@@ -339,10 +397,10 @@ def decode_kernel(
                             + (head * GROUP + rows % GROUP).to(tl.int64) * lse_stride_h
                         )
                         tl.store(lse_ptr + lse_row, lse, mask=row_mask)
-                else:
-                    part_row = (slot + whole) * ROWS + rows
+                elif part_ptr is not None:  # None: no sequence is cut
+                    part_row = target.to(tl.int64) * ROWS + rows
                     keep_row = rows < ROWS
-                    part_base = part_ptr + part_row[:, None].to(tl.int64) * (V0 + V1)
+                    part_base = part_ptr + part_row[:, None] * (V0 + V1)
                     tl.store(part_base + vdims0[None, :], acc0, mask=keep_row[:, None])
                     if V1 > 0:
                         tl.store(part_base + vdims1[None, :], acc1, mask=keep_row[:, None])

@@ -1,4 +1,9 @@
-"""The line of key tiles that the decode path shares out: lengths to ranges, on the device."""
+"""The line of work that the decode path shares out: lengths to ranges, on the device.
+
+The line is made of units, sequence after sequence. Balanced, a unit is one key tile, and ranges cut
+sequences anywhere. With `chunking` = (smallest chunk, most pieces) a unit is a piece of a sequence
+of a whole chunk of tiles: the pieces of a sequence then depend on its own length alone.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +40,23 @@ def decode_work(
 
 
 @triton.jit
-def program_range(pid, total_tiles, NUM_HEADS_KV: tl.constexpr, PROGRAMS: tl.constexpr):
+def chunk_tiles(tiles, chunking):
+    """Tiles of one piece of a sequence of `tiles`."""
+    return tl.maximum((tiles + chunking[1] - 1) // chunking[1], chunking[0])
+
+
+@triton.jit
+def line_units(tiles, chunking):
+    """Units of sequences of `tiles` key tiles."""
+    if chunking is None:
+        return tiles
+    else:
+        chunk = chunk_tiles(tiles, chunking)
+        return (tiles + chunk - 1) // chunk
+
+
+@triton.jit
+def program_range(pid, total_units, NUM_HEADS_KV: tl.constexpr, PROGRAMS: tl.constexpr):
     """(kv head lane, index, first position, share, extra) of program `pid`'s range of the line.
 
     Ranges follow each other by index; the first `extra` of them have share + 1 tiles. Neighbouring
@@ -44,7 +65,7 @@ def program_range(pid, total_tiles, NUM_HEADS_KV: tl.constexpr, PROGRAMS: tl.con
     lane = pid % NUM_HEADS_KV
     if PROGRAMS % NUM_HEADS_KV == 0:
         index = pid // NUM_HEADS_KV
-        line = total_tiles
+        line = total_units
         parts = PROGRAMS // NUM_HEADS_KV
     else:
         index = (
@@ -52,7 +73,7 @@ def program_range(pid, total_tiles, NUM_HEADS_KV: tl.constexpr, PROGRAMS: tl.con
             + tl.minimum(lane, PROGRAMS % NUM_HEADS_KV)
             + pid // NUM_HEADS_KV
         )
-        line = total_tiles * NUM_HEADS_KV
+        line = total_units * NUM_HEADS_KV
         parts = PROGRAMS
     share = line // parts
     extra = line - share * parts
@@ -72,51 +93,72 @@ def range_of(position, share, extra):
 
 
 @triton.jit
-def total_and_tiles(
+def units_of_block(
+    start,
     batch,
     lengths,
     windows,
+    chunking,
+    GROUP: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """(units, tiles) of BLOCK_B sequences from `start` on, 0 behind the batch."""
+    idx = start + tl.arange(0, BLOCK_B)
+    _, _, _, _, _, _, tiles = decode_work(
+        idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+    )
+    return line_units(tiles, chunking), tiles
+
+
+@triton.jit
+def total_and_units(
+    batch,
+    lengths,
+    windows,
+    chunking,
     GROUP: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """Tiles of all sequences together, and of the last block of BLOCK_B sequences one by one."""
+    """Units of all sequences together; units and tiles of the last block of them one by one."""
     if ONE_BLOCK:
-        idx = tl.arange(0, BLOCK_B)
-        _, _, _, _, _, _, tiles = decode_work(
-            idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+        units, tiles = units_of_block(
+            0, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
         )
-        total = tl.sum(tiles, 0)
+        total = tl.sum(units, 0)
     else:
         total = 0
+        units = tl.zeros([BLOCK_B], tl.int32)
         tiles = tl.zeros([BLOCK_B], tl.int32)
         for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-            idx = start + tl.arange(0, BLOCK_B)
-            _, _, _, _, _, _, tiles = decode_work(
-                idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            units, tiles = units_of_block(
+                start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
             )
-            total += tl.sum(tiles, 0)
-    return total, tiles
+            total += tl.sum(units, 0)
+    return total, units, tiles
 
 
 @triton.jit
 def locate(
     position,
-    tiles,
+    units,
     batch,
     lengths,
     windows,
+    chunking,
     GROUP: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """The sequence that holds tile `position` of the line, and its first tile's position."""
+    """The sequence that holds unit `position` of the line, and its first unit's position."""
     if ONE_BLOCK:
-        upto = tl.cumsum(tiles, 0)
+        upto = tl.cumsum(units, 0)
         passed = (upto <= position) & (tl.arange(0, BLOCK_B) < batch)
         seq_idx = tl.sum(passed.to(tl.int32), 0)
         before = tl.max(tl.where(passed, upto, 0), 0)
@@ -125,13 +167,64 @@ def locate(
         before = 0
         carry = 0
         for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-            idx = start + tl.arange(0, BLOCK_B)
-            _, _, _, _, _, _, block = decode_work(
-                idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            block, _ = units_of_block(
+                start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
             )
             upto = carry + tl.cumsum(block, 0)
-            passed = (upto <= position) & (idx < batch)
+            passed = (upto <= position) & (start + tl.arange(0, BLOCK_B) < batch)
             seq_idx += tl.sum(passed.to(tl.int32), 0)
             before = tl.maximum(before, tl.max(tl.where(passed, upto, 0), 0))
             carry += tl.sum(block, 0)
     return seq_idx, before
+
+
+@triton.jit
+def units_before(
+    seq_idx,
+    batch,
+    lengths,
+    windows,
+    chunking,
+    GROUP: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Units of the sequences before `seq_idx`."""
+    before = 0
+    for start in tl.range(0, seq_idx, BLOCK_B, num_stages=1):
+        units, _ = units_of_block(
+            start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
+        )
+        before += tl.sum(tl.where(start + tl.arange(0, BLOCK_B) < seq_idx, units, 0), 0)
+    return before
+
+
+@triton.jit
+def tiles_in_range(
+    first,
+    count,
+    batch,
+    lengths,
+    windows,
+    chunking,
+    GROUP: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Key tiles of the chunked units [first, first + count) of the line."""
+    total = 0
+    carry = 0
+    for start in tl.range(0, batch, BLOCK_B, num_stages=1):
+        units, tiles = units_of_block(
+            start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
+        )
+        upto = carry + tl.cumsum(units, 0)
+        begin = tl.maximum(first, upto - units) - (upto - units)
+        end = tl.minimum(first + count, upto) - (upto - units)
+        chunk = chunk_tiles(tiles, chunking)
+        inside = tl.minimum(end * chunk, tiles) - begin * chunk
+        total += tl.sum(tl.where(end > begin, inside, 0), 0)
+        carry += tl.sum(units, 0)
+    return total

@@ -34,6 +34,8 @@ from triton_fa.spec import AttnSpec, Bounds
 
 LOG2E = math.log2(math.e)
 REGISTERS_PER_SM = 65536
+INVARIANT_CHUNK = 512
+INVARIANT_PIECES = 64
 MAX_DECODE_ROWS = 64
 """A sequence with at most this many query rows per kv head belongs to the decode path."""
 
@@ -138,7 +140,7 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     common = _common(problem)
     launches: tuple[PlannedLaunch, ...] = ()
     workspace_size = 0
-    if most_rows > rows:
+    if most_rows > rows or not rows:
         launches += (_prefill(problem, device, rows, most_rows, common),)
     if rows:
         decode, workspace_size = _decode(problem, device, rows, common)
@@ -152,15 +154,29 @@ def decode_rows(spec: AttnSpec, most_rows: int, *, varlen_q: bool) -> int:
     `most_rows` bounds the rows of one sequence per kv head; with `varlen_q`, or packed queries,
     sequences may have fewer.
     """
-    if spec.num_splits == 1:
-        return 0  # unsplit rows are what the prefill kernel computes
+    group = spec.q_heads_per_kv
+    if spec.batch_invariant:
+        # The path of a row must not depend on how long its neighbours may be.
+        return max(16, next_power_of_2(group)) if group <= 128 else 0
     if most_rows <= MAX_DECODE_ROWS:
         return next_power_of_2(most_rows)
+    if spec.num_splits == 1:
+        return 0  # unsplit rows are what the prefill kernel computes
     if spec.query_layout == "dense" and not varlen_q:
-        return 0 if spec.q_heads_per_kv != most_rows or most_rows > 128 else 128
-    if spec.q_heads_per_kv > MAX_DECODE_ROWS:
-        return 128 if spec.q_heads_per_kv <= 128 else 0
+        return 0 if group != most_rows or most_rows > 128 else 128
+    if group > MAX_DECODE_ROWS:
+        return 128 if group <= 128 else 0
     return MAX_DECODE_ROWS
+
+
+def _chunking(spec: AttnSpec, block_n: int) -> tuple[int | None, int | None]:
+    """(smallest chunk in tiles, most pieces of a sequence); (None, None) is balanced.
+
+    Batch-invariant chunks are of 512 keys, longer where a sequence would have over 64 of them.
+    """
+    if spec.batch_invariant:
+        return INVARIANT_CHUNK // block_n, min(INVARIANT_PIECES, spec.num_splits or 64)
+    return (1, spec.num_splits) if spec.num_splits else (None, None)
 
 
 def _strides(name: str, tensor: torch.Tensor, packed: bool) -> dict[str, int]:
@@ -261,7 +277,13 @@ def _decode(
     """The attention and the merge launch of the decode path, and their workspace."""
     spec, bounds = problem.spec, problem.bounds
     tile = decode_tile(spec, device, rows)
+    smallest_chunk, most_pieces = _chunking(spec, tile.block_n)
     programs = decode_programs(device, tile, spec.num_heads_kv, spec.sm_margin)
+    slots = 2 * programs
+    if smallest_chunk and most_pieces:
+        programs = max(1, programs // spec.num_heads_kv) * spec.num_heads_kv
+        tiles = -(-common["total_k"] // tile.block_n)
+        slots = min(most_pieces, -(-tiles // smallest_chunk)) * bounds.batch * spec.num_heads_kv
     d0, d1 = decode_panels(spec.head_dim, rows)
     v0, v1 = decode_panels(spec.head_dim_v, rows)
     # Programmatic dependent launch: the merge starts while the attention kernel still runs.
@@ -274,6 +296,9 @@ def _decode(
         "BLOCK_B": _block_b(bounds.batch),
         "ONE_BLOCK": bounds.batch <= _block_b(bounds.batch),
         "PDL": pdl,
+        "num_slots": slots,
+        "smallest_chunk": smallest_chunk,
+        "most_pieces": most_pieces,
     }
     attend = PlannedLaunch(
         decode_kernel,
@@ -294,10 +319,14 @@ def _decode(
         ),
         _decode_options(tile, device),
     )
-    block_p, block_r, warps = _merge_shape(programs, bounds.batch, spec, rows)
+    if most_pieces == 1:
+        return (attend,), 0
+    pieces = most_pieces or programs // spec.num_heads_kv // bounds.batch + 2
+    block_p, block_r, warps = _merge_shape(pieces, spec, rows)
+    merge_programs = bounds.batch * spec.num_heads_kv if most_pieces else programs
     merge = PlannedLaunch(
         combine_kernel,
-        (programs, rows // block_r, 1),
+        (merge_programs, rows // block_r, 1),
         _arguments(
             combine_kernel,
             common,
@@ -309,7 +338,7 @@ def _decode(
         ),
         {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
     )
-    return (attend, merge), 2 * programs * rows * (v0 + v1 + 2)
+    return (attend, merge), slots * rows * (v0 + v1 + 2)
 
 
 def _decode_options(tile: DecodeTile, device: DeviceFacts) -> dict[str, Any]:
@@ -328,12 +357,12 @@ def _wide_slots(problem: Problem) -> bool:
     return tokens * max(tensors.k.stride(-3), tensors.v.stride(-3)) >= 2**31
 
 
-def _merge_shape(programs: int, batch: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]:
+def _merge_shape(pieces: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]:
     """(partials, rows) that one program of the merge holds at once, and its warps.
 
     About 4096 accumulators a warp; one warp needs no reductions across warps.
     """
-    pieces = next_power_of_2(programs // spec.num_heads_kv // batch + 2)
+    pieces = next_power_of_2(pieces)
     warps = 1
     block_p = max(8 if rows > 16 else 16, min(32, pieces))
     if pieces > 64:
@@ -351,7 +380,8 @@ def _prefill(
 ) -> PlannedLaunch:
     """The launch of the prefill path."""
     spec, bounds = problem.spec, problem.bounds
-    tile = prefill_tile(spec, device, most_rows)
+    # Batch-invariant: the tile must not depend on how long neighbours may be either.
+    tile = prefill_tile(spec, device, 2**31 if spec.batch_invariant else most_rows)
     row_tiles = -(-most_rows // tile.block_m)
     block_d = max(16, next_power_of_2(spec.head_dim))
     block_dv = max(16, next_power_of_2(spec.head_dim_v))
