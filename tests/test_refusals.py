@@ -109,7 +109,6 @@ REFUSED = {
         "aux_tensors": [ONE],
         "mask_mod": max,
         "only_qv": True,
-        "batch_invariant": True,
     },
     "flash_attn_varlen_func": {
         "qv": ONE,
@@ -121,7 +120,6 @@ REFUSED = {
         "aux_tensors": [ONE],
         "mask_mod": max,
         "only_qv": True,
-        "batch_invariant": True,
     },
     "flash_attn_func": {
         "qv": ONE,
@@ -129,7 +127,6 @@ REFUSED = {
         "k_descale": ONE,
         "v_descale": ONE,
         "attention_chunk": 4,
-        "batch_invariant": True,
     },
 }
 CALL_OF = {

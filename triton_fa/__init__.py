@@ -18,6 +18,7 @@ from triton_fa.errors import (
     UnsupportedError,
 )
 from triton_fa.merge import flash_attn_combine, merge_state
+from triton_fa.planner import StepPlanner, StepSchedules
 from triton_fa.warm import warmup
 
 __version__ = "0.1.0"
@@ -30,6 +31,8 @@ __all__ = [
     "BackendUnavailableError",
     "FallbackWarning",
     "LayoutError",
+    "StepPlanner",
+    "StepSchedules",
     "TritonFAError",
     "UnknownVersionError",
     "UnsupportedError",

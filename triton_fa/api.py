@@ -197,8 +197,8 @@ def flash_attn_with_kvcache(
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
         rotary_interleaved: Read only together with rotary_cos.
         scheduler_metadata: What `get_scheduler_metadata` returned for these lengths.
-        num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
-            by ver="triton" today.
+        num_splits: 0 lets the library choose, 1 computes every row unsplit, n cuts the keys of
+            a sequence into at most n pieces.
         pack_gqa: A hint for ver=3 and ver=4; ver="triton" always packs.
         sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
         return_softmax_lse: Also return the log-sum-exp.
@@ -210,7 +210,8 @@ def flash_attn_with_kvcache(
         only_qv: Refused today.
         mask_mod: Refused today.
         max_seqlen_k: A hint; the bound is taken from page_table or k_cache.
-        batch_invariant: Refused today.
+        batch_invariant: The bits of a row depend on its own sequence and the settings only, not
+            on the rest of the batch, the bounds or the device's size.
         block_table: Other spelling of page_table.
         seqused_k: Other spelling of cache_seqlens.
         s_aux: Other spelling of sinks.
@@ -372,8 +373,8 @@ def flash_attn_varlen_func(
             negative or None is unbounded.
         attention_chunk: Refused today unless None or 0.
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
-        num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
-            by ver="triton" today.
+        num_splits: 0 lets the library choose, 1 computes every row unsplit, n cuts the keys of
+            a sequence into at most n pieces.
         pack_gqa: A hint for ver=3 and ver=4; ver="triton" always packs.
         sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
         return_softmax_lse: Also return the log-sum-exp.
@@ -385,7 +386,8 @@ def flash_attn_varlen_func(
         scheduler_metadata: What `get_scheduler_metadata` returned for these lengths.
         only_qv: Refused today.
         mask_mod: Refused today.
-        batch_invariant: Refused today.
+        batch_invariant: The bits of a row depend on its own sequence and the settings only, not
+            on the rest of the batch, the bounds or the device's size.
         block_table: Other spelling of page_table.
         cache_seqlens: Other spelling of seqused_k.
         s_aux: Other spelling of sinks.
@@ -502,8 +504,8 @@ def flash_attn_func(
             negative or None is unbounded.
         attention_chunk: Refused today unless None or 0.
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
-        num_splits: 0 lets the library choose, 1 computes every row unsplit; more is refused
-            by ver="triton" today.
+        num_splits: 0 lets the library choose, 1 computes every row unsplit, n cuts the keys of
+            a sequence into at most n pieces.
         pack_gqa: A hint for ver=3 and ver=4; ver="triton" always packs.
         deterministic: Every backend's forward pass is; accepted for either value.
         sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
@@ -511,7 +513,8 @@ def flash_attn_func(
         sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
         ver: "triton", "torch", 3, 4, or None for the default.
         out: Buffer of the result's shape and dtype to write to.
-        batch_invariant: Refused today.
+        batch_invariant: The bits of a row depend on its own sequence and the settings only, not
+            on the rest of the batch, the bounds or the device's size.
         learnable_sink: Other spelling of sinks.
         return_softmax_lse: Other spelling of return_attn_probs.
         return_lse: Other spelling of return_attn_probs.
@@ -642,7 +645,8 @@ def get_scheduler_metadata(
         ver: "triton", "torch", 3, or None for the default; FA4 has no such tensor.
         out: (4 * round_up(batch_size, 4) + 1,) int32 buffer to fill, e.g. one that a captured
             graph reads.
-        batch_invariant: Refused today.
+        batch_invariant: The bits of a row depend on its own sequence and the settings only, not
+            on the rest of the batch, the bounds or the device's size.
         num_heads_q: Other spelling of num_heads.
         num_heads_kv: Other spelling of num_heads_k.
         cache_leftpad: Other spelling of leftpad_k.

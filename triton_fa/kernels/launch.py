@@ -69,6 +69,7 @@ class Launch:
         with torch.cuda.device(device):
             compiled = self._kernel.warmup(*pointers, *self._tail, grid=self._grid, **self._options)
             run = compiled.run
+        _COMPILED.add(compiled.function)
         if run.global_scratch_size or run.profile_scratch_size:
             return None
         index = device.index
@@ -96,6 +97,14 @@ class Launch:
     def __call__(self, pointers: Sequence[Any]) -> None:
         """Launch on the current device and stream through Triton's dispatcher."""
         self._kernel[self._grid](*pointers, *self._tail, **self._options)
+
+
+def compiled_kernels() -> int:
+    """How many kernels this process has loaded for launching directly; grows with new variants."""
+    return len(_COMPILED)
+
+
+_COMPILED: set[int] = set()
 
 
 def cross_compile(

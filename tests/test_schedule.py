@@ -1,0 +1,240 @@
+"""The scheduler metadata, its planner, and what splitting and batch invariance promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import triton_fa
+from triton_fa.errors import ArgumentError, UnsupportedError
+
+BLOCK_N = 32  # of the interpreter's decode tile
+BLOCK_M = 32  # and of its prefill tile
+
+
+def _metadata(lengths: list[int], **arguments: object) -> torch.Tensor:
+    settings: dict[str, object] = {
+        "max_seqlen_q": 1,
+        "max_seqlen_k": 4096,
+        "num_heads": 8,
+        "num_heads_k": 2,
+        "headdim": 64,
+        "qkv_dtype": torch.float16,
+        "causal": True,
+        "ver": "triton",
+    }
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    return triton_fa.get_scheduler_metadata(
+        len(lengths), cache_seqlens=seqlens, **settings | arguments
+    )
+
+
+def _segments(metadata: torch.Tensor) -> list[list[int]]:
+    return metadata[:-1].view(4, -1).tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 5, 300])
+def test_its_length_depends_on_the_batch_alone(batch: int) -> None:
+    metadata = _metadata([17] * batch)
+    assert metadata.dtype == torch.int32
+    assert metadata.shape == (4 * ((batch + 3) // 4 * 4) + 1,)
+
+
+def test_decode_tiles_are_summed_up() -> None:
+    lengths = [100, 0, 37, 300, 5]
+    tiles, expected = 0, []
+    for length in lengths:
+        tiles += max(1, -(-length // BLOCK_N))
+        expected.append(tiles)
+    decode, visible, order, rows = _segments(_metadata(lengths))
+    assert decode == [*expected, 0, 0, 0]
+    assert visible == [*lengths, 0, 0, 0]
+    assert sorted(order[:5]) == [0, 1, 2, 3, 4]
+    assert rows == [0] * 8  # one query each: nothing for the prefill path
+
+
+def test_a_window_counts_only_what_it_shows() -> None:
+    full, _, _, _ = _segments(_metadata([1000, 20]))
+    local, visible, _, _ = _segments(_metadata([1000, 20], window_size=(63, 0)))
+    assert full[:2] == [32, 33]
+    assert local[:2] == [2, 3]
+    assert visible[:2] == [64, 20]
+
+
+def test_prefill_order_is_longest_first() -> None:
+    queries = [1, 90, 0, 29, 280]
+    prefix = torch.tensor([0, *queries]).cumsum(0).int()
+    metadata = _metadata(
+        [100, 90, 37, 300, 280], cu_seqlens_q=prefix, max_seqlen_q=280, num_heads_k=8
+    )
+    _, _, order, rows = _segments(metadata)
+    tiles = [-(-n // BLOCK_M) if n > 64 else 0 for n in queries]
+    assert order[:2] == [4, 1]
+    expected, total = [], 0
+    for seq in order[:5]:
+        total += tiles[seq]
+        expected.append(total)
+    assert rows[:5] == expected
+
+
+def test_a_buffer_is_filled_in_place_and_completely() -> None:
+    out = torch.full((4 * 8 + 1,), -7, dtype=torch.int32)
+    metadata = _metadata([100, 0, 37, 300, 5], out=out)
+    assert metadata is out
+    assert torch.equal(out, _metadata([100, 0, 37, 300, 5]))
+    assert -7 not in out.tolist()
+
+
+def test_a_buffer_of_another_length_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"out: expected shape \(33,\)"):
+        _metadata([1] * 5, out=torch.zeros(32, dtype=torch.int32))
+
+
+def test_fa4_has_no_such_tensor() -> None:
+    with pytest.raises(UnsupportedError, match="get_scheduler_metadata"):
+        _metadata([1], ver=4)
+
+
+def _paged(lengths_q: list[int], lengths_k: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A cache of its own for each sequence, so that parts of the batch can be taken."""
+    rng = torch.Generator().manual_seed(seed)
+    page, heads_q, heads_kv, dim = 16, 4, 2, 32
+    pages = [-(-n // page) for n in lengths_k]
+    table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+    for row, count in enumerate(pages):
+        table[row, :count] = torch.arange(sum(pages[:row]), sum(pages[: row + 1]))
+    shape = (sum(pages), page, heads_kv, dim)
+    return {
+        "k": torch.randn(shape, generator=rng),
+        "v": torch.randn(shape, generator=rng),
+        "q": torch.randn(sum(lengths_q), heads_q, dim, generator=rng),
+        "table": table,
+        "lengths_q": torch.tensor(lengths_q, dtype=torch.int32),
+        "lengths_k": torch.tensor(lengths_k, dtype=torch.int32),
+    }
+
+
+def _attend(data: dict[str, torch.Tensor], rows: list[int], **options: object) -> torch.Tensor:
+    """Attention of the sequences `rows` alone, in that order."""
+    lengths_q = data["lengths_q"]
+    starts = torch.cat([torch.zeros(1), lengths_q.cumsum(0)]).int()
+    q = torch.cat([data["q"][starts[r] : starts[r + 1]] for r in rows])
+    prefix = torch.cat([torch.zeros(1), lengths_q[rows].cumsum(0)]).int()
+    out = triton_fa.flash_attn_with_kvcache(
+        q,
+        data["k"],
+        data["v"],
+        cache_seqlens=data["lengths_k"][rows],
+        page_table=data["table"][rows],
+        cu_seqlens_q=prefix,
+        max_seqlen_q=int(lengths_q[rows].max()),
+        causal=True,
+        ver="triton",
+        **options,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 100])
+def test_splitting_changes_nothing_but_rounding(num_splits: int) -> None:
+    data = _paged([1, 1, 3, 1], [700, 5, 130, 0 + 33])
+    rows = [0, 1, 2, 3]
+    torch.testing.assert_close(
+        _attend(data, rows, num_splits=num_splits), _attend(data, rows), rtol=0, atol=2e-6
+    )
+
+
+def test_unsplit_rows_leave_no_workspace_behind() -> None:
+    """num_splits=1 writes every sequence directly: with any more pieces the bits differ."""
+    data = _paged([1], [2300])
+    assert not torch.equal(_attend(data, [0], num_splits=1), _attend(data, [0], num_splits=4))
+
+
+INVARIANT = _paged([1, 1, 3, 1, 1], [700, 5, 130, 1, 2300])
+
+
+@pytest.mark.parametrize("rows", [[4], [0], [2], [4, 0], [3, 1, 4]])
+def test_batch_invariant_rows_keep_their_bits(rows: list[int]) -> None:
+    whole = _attend(INVARIANT, [0, 1, 2, 3, 4], batch_invariant=True)
+    part = _attend(INVARIANT, rows, batch_invariant=True)
+    starts = [0, 1, 2, 5, 6, 7]
+    expected = torch.cat([whole[starts[r] : starts[r + 1]] for r in rows])
+    assert torch.equal(part, expected)
+
+
+def test_without_the_mode_they_do_not() -> None:
+    whole = _attend(INVARIANT, [0, 1, 2, 3, 4])
+    assert not torch.equal(_attend(INVARIANT, [4]), whole[6:])
+
+
+def test_batch_invariant_rows_keep_their_bits_beside_a_prefill() -> None:
+    data = _paged([1, 1, 3, 1, 40], [700, 5, 130, 1, 2300])
+    whole = _attend(data, [0, 1, 2, 3, 4], batch_invariant=True)
+    assert torch.equal(_attend(data, [0, 1, 2], batch_invariant=True), whole[:5])
+    assert torch.equal(_attend(data, [4], batch_invariant=True), whole[6:])
+
+
+def _metadata_for(data: dict[str, torch.Tensor], rows: list[int]) -> torch.Tensor:
+    return _metadata(
+        data["lengths_k"][rows].tolist(), num_heads=4, headdim=32, qkv_dtype=torch.float32
+    )
+
+
+@pytest.mark.parametrize("kind", ["fresh", "zero", "stale", "random"])
+def test_metadata_is_advice(kind: str) -> None:
+    data = _paged([1, 1, 1, 1], [700, 5, 130, 33])
+    rows = [0, 1, 2, 3]
+    fresh = _metadata_for(data, rows)
+    rng = torch.Generator().manual_seed(1)
+    given = {
+        "fresh": fresh,
+        "zero": torch.zeros_like(fresh),
+        "stale": _metadata([1, 2000, 3, 4], num_heads=4, headdim=32, qkv_dtype=torch.float32),
+        "random": torch.randint(-(2**31), 2**31 - 1, fresh.shape, generator=rng).int(),
+    }[kind]
+    assert torch.equal(_attend(data, rows, scheduler_metadata=given), _attend(data, rows))
+
+
+def test_metadata_of_another_length_raises() -> None:
+    data = _paged([1, 1], [70, 5])
+    with pytest.raises(ArgumentError, match=r"scheduler_metadata: expected shape \(17,\)"):
+        _attend(data, [0, 1], scheduler_metadata=torch.zeros(33, dtype=torch.int32))
+
+
+def _planner(**options: object) -> triton_fa.StepPlanner:
+    settings: dict[str, object] = {"dtype": torch.float16, "page_size": 16, "device": "cpu"}
+    return triton_fa.StepPlanner(8, 8, 2, 64, **settings | {"ver": "triton"} | options)
+
+
+def test_the_planner_keeps_full_and_sliding_layers_apart() -> None:
+    planner = _planner(window_size=(63, 0))
+    lengths = torch.tensor([1000, 20], dtype=torch.int32)
+    full, sliding = planner.plan(lengths, max_seqlen_k=4096)
+    assert sliding is not None
+    assert torch.equal(full, _metadata([1000, 20], page_size=16))
+    assert torch.equal(sliding, _metadata([1000, 20], page_size=16, window_size=(63, 0)))
+
+
+def test_the_planner_refills_what_a_graph_captured() -> None:
+    planner = _planner(window_size=(63, 0))
+    lengths = torch.ones(3, dtype=torch.int32)
+    captured = planner.plan(lengths, max_seqlen_k=4096)
+    before = [t.clone() for t in captured if t is not None]
+    lengths.copy_(torch.tensor([900, 7, 300]))
+    replayed = planner.plan(lengths, max_seqlen_k=4096)
+    for old, now, copy in zip(captured, replayed, before, strict=True):
+        assert old is not None
+        assert now is not None
+        assert old.data_ptr() == now.data_ptr()
+        assert old.shape == now.shape
+        assert not torch.equal(old, copy)  # the captured tensor reads the new schedule
+
+
+def test_the_planner_without_a_window_has_one_schedule() -> None:
+    assert _planner().plan(torch.ones(2, dtype=torch.int32), max_seqlen_k=64).sliding is None
+
+
+def test_the_planner_refuses_a_batch_it_has_no_room_for() -> None:
+    with pytest.raises(ValueError, match="at most 8 lengths, got 9"):
+        _planner().plan(torch.ones(9, dtype=torch.int32), max_seqlen_k=64)
