@@ -21,7 +21,8 @@ import torch
 
 from triton_fa.device import DeviceFacts
 from triton_fa.normalize import Options, problem
-from triton_fa.problem import AttnResult, Problem, Tensors
+from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
+from triton_fa.spec import metadata_entries
 
 pytest.importorskip("triton")
 
@@ -47,8 +48,15 @@ CHIPS = {
 }
 
 
-def paged(dtype: torch.dtype, heads: int, dim: int, page_size: int, seqlen_q: int = 1) -> Problem:
-    """Four sequences with a cache; several query tokens are packed, and may be decode or not."""
+def paged(
+    dtype: torch.dtype,
+    heads: int,
+    dim: int,
+    page_size: int,
+    seqlen_q: int = 1,
+    num_splits: int = 0,
+) -> Problem:
+    """Four sequences with a cache; several query tokens are packed, with metadata, on any path."""
     batch, heads_kv = 4, 2
     cache = torch.zeros(8, page_size, heads_kv, dim, dtype=dtype)
     tensors = Tensors(
@@ -59,11 +67,16 @@ def paged(dtype: torch.dtype, heads: int, dim: int, page_size: int, seqlen_q: in
         seqused_k=torch.zeros(batch, dtype=torch.int32),
     )
     if seqlen_q == 1:
-        return problem(tensors, Options("kvcache", causal=True, return_lse=True))
+        return problem(
+            tensors, Options("kvcache", causal=True, num_splits=num_splits, return_lse=True)
+        )
     q = torch.zeros(batch * seqlen_q, heads, dim, dtype=dtype)
     cu_seqlens_q = torch.zeros(batch + 1, dtype=torch.int32)
+    metadata = torch.zeros(metadata_entries(batch), dtype=torch.int32)
     options = Options("kvcache", causal=True, max_seqlen_q=seqlen_q)
-    return problem(tensors._replace(q=q, cu_seqlens_q=cu_seqlens_q), options)
+    return problem(
+        tensors._replace(q=q, cu_seqlens_q=cu_seqlens_q, scheduler_metadata=metadata), options
+    )
 
 
 def packed(dtype: torch.dtype, dim: int, window: tuple[int, int], softcap: float) -> Problem:
@@ -95,6 +108,7 @@ def packed(dtype: torch.dtype, dim: int, window: tuple[int, int], softcap: float
 
 SPECS: dict[str, Callable[[], Problem]] = {
     "decode-128": lambda: paged(torch.bfloat16, 16, 128, 64),
+    "decode-128-pieces": lambda: paged(torch.bfloat16, 16, 128, 64, num_splits=4),
     "decode-96-two-panels": lambda: paged(torch.bfloat16, 16, 96, 16),
     "decode-256": lambda: paged(torch.bfloat16, 8, 256, 64),
     "mixed-128-page-16": lambda: paged(torch.bfloat16, 8, 128, 16, seqlen_q=128),
@@ -144,20 +158,26 @@ def compile_case(chip: Chip, name: str) -> Iterator[Compiled]:
     from triton.backends.compiler import GPUTarget
 
     from triton_fa.kernels.launch import cross_compile
-    from triton_fa.kernels.plans import call_tensors, plan
+    from triton_fa.kernels.plans import call_tensors, length_tensors, plan, schedule
 
     target = GPUTarget(chip.facts.kind, chip.arch, chip.warp_size)
     given = (SPECS | LARGE)[name]()
     lse = torch.zeros(1) if given.return_lse else None
     out = torch.zeros(1, dtype=given.spec.dtype)
     tensors = call_tensors(given.tensors, AttnResult(out, lse), torch.zeros(1))
-    for step in plan(given, chip.facts).launches:
+    steps = [(step, tensors) for step in plan(given, chip.facts).launches]
+    metadata = given.tensors.scheduler_metadata
+    if metadata is not None:
+        lengths = Lengths(**{name: getattr(given.tensors, name) for name in Lengths._fields})
+        step = schedule(given.spec, given.bounds, lengths, chip.facts)
+        steps.append((step, length_tensors(lengths, metadata)))
+    for step, arguments in steps:
         values, options = step.values, step.options
         tile = f"{values.get('BLOCK_M', '')}x{values['BLOCK_N']}" if "BLOCK_N" in values else ""
         tile += f" warps {options['num_warps']} stages {options.get('num_stages', '-')}"
         about = (name, step.kernel.__name__, tile, step.key_box is not None)
         try:
-            made = cross_compile(step.kernel, step.pointers(tensors), values, options, target)
+            made = cross_compile(step.kernel, step.pointers(arguments), values, options, target)
         except Exception as error:  # noqa: BLE001  whatever the compiler raises is the result
             text = f"{type(error).__name__}: {error}"
             yield Compiled(*about, 0, 0, 0, text[-2000:])
@@ -245,6 +265,8 @@ def test_a_plan_compiles_and_fits(chip: str, name: str) -> None:
         assert {"decode_kernel", "combine_kernel"} <= kernels
     if "prefill" in name or "mixed" in name:
         assert "prefill_kernel" in kernels
+    if "mixed" in name:
+        assert "schedule_kernel" in kernels
 
 
 @pytest.mark.parametrize(

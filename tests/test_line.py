@@ -17,7 +17,9 @@ from triton_fa.kernels.line import (  # noqa: E402  triton may be missing
     locate,
     program_range,
     range_of,
-    total_and_tiles,
+    tiles_in_range,
+    total_and_units,
+    units_before,
 )
 
 ci = hypothesis.settings(
@@ -99,12 +101,15 @@ def range_kernel(
 
 @triton.jit
 def locate_kernel(
-    into_ptr,  # [2, positions]: sequence, and its first tile's position
+    into_ptr,  # [3, positions]: sequence, its first unit's position, tiles up to and with this unit
     total_ptr,
+    before_ptr,  # [batch]: `units_before` each sequence
     seqused_k_ptr,
     batch,
     max_seqlen_k,
     positions,
+    smallest_chunk,
+    most_pieces,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -112,14 +117,28 @@ def locate_kernel(
     """`locate` of every position of the line of `batch` one-token sequences."""
     lengths = (None, None, batch, 1, None, seqused_k_ptr, 1, 0, max_seqlen_k)
     windows = (None, None)
-    total, tiles = total_and_tiles(batch, lengths, windows, 1, 1, BLOCK_N, BLOCK_B, ONE_BLOCK)
+    if most_pieces is None:
+        chunking = None
+    else:
+        chunking = (smallest_chunk, most_pieces)
+    total, units, _ = total_and_units(
+        batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B, ONE_BLOCK
+    )
     tl.store(total_ptr, total)
     for position in tl.range(0, positions):
         seq_idx, before = locate(
-            position, tiles, batch, lengths, windows, 1, 1, BLOCK_N, BLOCK_B, ONE_BLOCK
+            position, units, batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B, ONE_BLOCK
         )
         tl.store(into_ptr + position, seq_idx)
         tl.store(into_ptr + positions + position, before)
+        if most_pieces is not None:
+            upto = tiles_in_range(
+                0, position + 1, batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B
+            )
+            tl.store(into_ptr + 2 * positions + position, upto)
+    for seq_idx in tl.range(0, batch):
+        before = units_before(seq_idx, batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B)
+        tl.store(before_ptr + seq_idx, before)
 
 
 def int32(values: list[int], device: str) -> torch.Tensor:
@@ -220,29 +239,59 @@ def test_the_pieces_of_a_sequence_have_consecutive_indices(
 
 @ci
 @hypothesis.given(
-    seqlens_k=st.lists(st.integers(0, 70), min_size=1, max_size=21), block_b=st.sampled_from((4, 8))
+    seqlens_k=st.lists(st.integers(0, 70), min_size=1, max_size=10),
+    block_b=st.just(4),
+    chunking=st.one_of(st.none(), st.tuples(st.integers(1, 3), st.integers(1, 4))),
 )
-@hypothesis.example(seqlens_k=[0], block_b=4)
-@hypothesis.example(seqlens_k=[0, 0, 0, 0, 0], block_b=4)
-@hypothesis.example(seqlens_k=[16, 17, 33, 0] * 2, block_b=8)  # exactly one block
-@hypothesis.example(seqlens_k=[1] * 9, block_b=4)  # one sequence in the last of three blocks
+@hypothesis.example(seqlens_k=[0], block_b=4, chunking=None)
+@hypothesis.example(seqlens_k=[0, 0, 0, 0, 0], block_b=4, chunking=(1, 1))
+@hypothesis.example(seqlens_k=[16, 17, 33, 0] * 2, block_b=8, chunking=None)  # exactly one block
+@hypothesis.example(seqlens_k=[1] * 9, block_b=4, chunking=None)  # one in the last of three blocks
+@hypothesis.example(seqlens_k=[70] * 5, block_b=4, chunking=(2, 2))  # pieces of 3 and 2 tiles
 def test_a_position_is_found_in_one_block_and_in_several(
-    seqlens_k: list[int], block_b: int, device: str
+    seqlens_k: list[int], block_b: int, chunking: tuple[int, int] | None, device: str
 ) -> None:
     block_n, batch = 16, len(seqlens_k)
     tiles = [max(1, -(-n // block_n)) for n in seqlens_k]
-    want = [(b, sum(tiles[:b])) for b, n in enumerate(tiles) for _ in range(n)]
-    lengths = int32(seqlens_k, device)
-    total = int32([-1], device)
+    pieces = [[1] * n for n in tiles]  # tiles of each unit
+    if chunking is not None:
+        smallest, most = chunking
+        chunks = [max(-(-n // most), smallest) for n in tiles]
+        pieces = [
+            [min(chunk, n - first) for first in range(0, n, chunk)]
+            for n, chunk in zip(tiles, chunks, strict=True)
+        ]
+        assert max(map(len, pieces)) <= most
+    units = [len(cut) for cut in pieces]
+    before = [sum(units[:b]) for b in range(batch)]
+    want = [(b, before[b]) for b, n in enumerate(units) for _ in range(n)]
+    flat = [n for cut in pieces for n in cut]
     several = (block_b, False)
     one = (triton.next_power_of_2(max(block_b, batch)), True)
     for size, one_block in (several, one):
-        into = torch.full((2, len(want)), -1, dtype=torch.int32, device=device)
+        total = int32([-1], device)
+        got_before = int32([-1] * batch, device)
+        into = torch.full((3, len(want)), -1, dtype=torch.int32, device=device)
         locate_kernel[(1,)](
-            into, total, lengths, batch, 70, len(want), block_n, size, one_block, num_warps=1
+            into,
+            total,
+            got_before,
+            int32(seqlens_k, device),
+            batch,
+            70,
+            len(want),
+            *(chunking or (None, None)),
+            block_n,
+            size,
+            one_block,
+            num_warps=1,
         )
-        assert total.item() == sum(tiles)
-        assert list(zip(*into.tolist(), strict=True)) == want
+        assert total.item() == sum(units)
+        seq_idx, first, upto = into.tolist()
+        assert list(zip(seq_idx, first, strict=True)) == want
+        assert got_before.tolist() == before
+        if chunking is not None:
+            assert upto == [sum(flat[: i + 1]) for i in range(len(flat))]
 
 
 # ---------------------------------------------------------------- the work of a sequence
