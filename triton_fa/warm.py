@@ -8,8 +8,17 @@ import torch
 
 from triton_fa.api import flash_attn_with_kvcache, get_scheduler_metadata
 
-BATCH_BUCKETS = (1, 33, 257, 1025)
-"""One batch size of each kind that is compiled on its own; see `kernels.plans`."""
+
+def _batches(most: int) -> list[int]:
+    """Batch sizes of every kind that is compiled on its own; see `kernels.plans`."""
+    steps = [1 << i for i in range(most.bit_length())]
+    return sorted({b for step in steps for b in (step, step + 1) if b <= most})
+
+
+def _query_bounds(wanted: Sequence[int], group: int) -> list[int]:
+    """The bounds asked for, and the smaller ones that a call with few tokens comes down to."""
+    short = [1 << i for i in range(7) if group << i <= 64]
+    return sorted({*wanted, *(s for s in short if s <= max(wanted, default=0))})
 
 
 def warmup(
@@ -61,10 +70,10 @@ def warmup(
     v_cache = torch.zeros(1, page_size, num_heads_kv, dim_v, dtype=dtype, device=where)
     logits = torch.zeros(num_heads_q, dtype=dtype, device=where) if sinks else None
     done = []
-    for batch in [b for b in BATCH_BUCKETS if b <= max_batch]:
+    for batch in _batches(max_batch):
         lengths = torch.ones(batch, dtype=torch.int32, device=where)
         table = torch.zeros(batch, width, dtype=torch.int32, device=where)
-        for most in max_seqlens_q:
+        for most in _query_bounds(max_seqlens_q, num_heads_q // num_heads_kv):
             # Few tokens, whatever the bound: lengths say how many there are.
             tokens = max(batch, most)
             q = torch.zeros(tokens, num_heads_q, head_dim, dtype=dtype, device=where)
