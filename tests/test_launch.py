@@ -1,9 +1,11 @@
 """Launch records: what a hit skips, what makes a miss, and what is never remembered."""
 
+import contextlib
 import gc
+import importlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -287,7 +289,6 @@ def test_garbage_is_named_and_not_remembered(name: str) -> None:
     assert not api._RECORDS
 
 
-@pytest.mark.xfail(strict=True, reason="the key compares values, and True == 1")
 @pytest.mark.parametrize(
     ("good", "bad"),
     [
@@ -339,7 +340,6 @@ def test_the_cache_is_bounded(fresh: pytest.MonkeyPatch) -> None:
     assert len(api._RECORDS) == misses  # the newest is still there
 
 
-@pytest.mark.xfail(strict=True, reason="`Run` closures hold the problem they were prepared for")
 @pytest.mark.parametrize("ver", ["torch", "triton"])
 def test_a_record_keeps_no_tensor_of_its_first_call(ver: str, device: str) -> None:
     """A record that held on to q or a cache would keep its memory from everybody else."""
@@ -429,3 +429,45 @@ def test_direct_launching_can_be_turned_off(fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("TRITON_FA_DIRECT_LAUNCH", "no")
     with pytest.raises(TritonFAError, match="DIRECT_LAUNCH"):
         env.settings()
+
+
+def test_launches_enter_the_tensors_device_when_another_is_current(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two devices, simulated: the kernels go to the one that the tensors are on."""
+    module = importlib.import_module("triton_fa.backends.triton")
+    current = [0]
+    seen: list[int] = []
+
+    @contextlib.contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Recorder:
+        direct = None
+
+        def __init__(self, *_: object) -> None: ...
+
+        def __call__(self, pointers: object) -> None:
+            seen.append(current[0])
+
+    class Step:
+        kernel = grid = values = options = None
+
+        def pointers(self, given: object) -> object:
+            return given
+
+        def indices(self) -> tuple[int, ...]:
+            return (0, 1)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(module, "Launch", Recorder)
+    enqueue = module._enqueuer([Step(), Step()], (), torch.device("cuda", 1))
+    enqueue(())
+    assert seen == [1, 1]
+    assert current == [0]

@@ -19,6 +19,8 @@ FUNCTIONS = {
 }
 HELPERS = {"backends", "strict", "warmup"}
 TYPES = {
+    "StepPlanner",
+    "StepSchedules",
     "ArgumentError",
     "ArgumentTypeError",
     "ArgumentValueError",

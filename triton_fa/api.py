@@ -23,6 +23,7 @@ Window = Sequence[int | None]
 Result = torch.Tensor | tuple[torch.Tensor, ...]
 
 _MAX_RECORDS = 8192
+WINDOW = 3  # place of the window among the scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,9 @@ def _call(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> 
         key = (
             ver,
             scalars,
+            # True == 1 and 0.0 == 0, but what is refused must not depend on what came before.
+            *map(type, scalars),
+            *map(type, scalars[WINDOW]),
             dispatch.is_strict(),
             torch.is_grad_enabled(),
             *map(_signature, tensors),
@@ -694,7 +698,14 @@ def get_scheduler_metadata(
     run = None
     if cu_seqlens_k_new is None and leftpad is None:  # FA3's extra tensors are no part of a key
         try:
-            key = (ver, scalars, pack_gqa, dispatch.is_strict(), *map(_signature, (*lengths, out)))
+            key = (
+                ver,
+                scalars,
+                *map(type, scalars),
+                pack_gqa,
+                dispatch.is_strict(),
+                *map(_signature, (*lengths, out)),
+            )
             run = _SCHEDULES.get(key)
         except (AttributeError, TypeError):
             key = None

@@ -27,7 +27,8 @@ def facts(device: torch.device) -> DeviceFacts:
         return DeviceFacts("cpu", (0, 0), 4, 1 << 20)
     props = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return DeviceFacts("hip", (0, 0), props.multi_processor_count, 64 << 10)
+        shared = (160 if "gfx95" in getattr(props, "gcnArchName", "") else 64) << 10
+        return DeviceFacts("hip", (0, 0), props.multi_processor_count, shared)
     shared = getattr(props, "shared_memory_per_block_optin", 99 << 10)
     return DeviceFacts("cuda", (props.major, props.minor), props.multi_processor_count, shared)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,11 @@ class Problem:
     bounds: Bounds
     tensors: Tensors
     return_lse: bool
+
+    def without_tensors(self) -> Problem:
+        """The same problem for a closure that outlives the call and must not keep its memory."""
+        nothing = torch.empty(0, device="meta")
+        return replace(self, tensors=Tensors(nothing, nothing, nothing))
 
 
 class AttnResult(NamedTuple):

@@ -109,7 +109,8 @@ class FA3Backend:
         if isinstance(provider, str):
             raise BackendUnavailableError(3, provider)
         if without_work(problem):
-            return lambda tensors: allocate(problem, tensors)
+            bare = problem.without_tensors()
+            return lambda tensors: allocate(bare, tensors)
         function = _function(provider, problem.spec)
         if function is provider.with_kvcache:
             arguments = _kvcache_arguments(problem)

@@ -85,7 +85,8 @@ class FA4Backend:
         if isinstance(functions, str):
             raise BackendUnavailableError(4, functions)
         if without_work(problem):
-            return lambda tensors: allocate(problem, tensors)
+            bare = problem.without_tensors()
+            return lambda tensors: allocate(bare, tensors)
         fixed = _fixed_arguments(problem)
         if _is_plain(problem):
             return lambda tensors: _call(functions.dense, fixed, tensors, {})

@@ -49,9 +49,10 @@ class TorchBackend:
 
     def prepare(self, problem: Problem) -> Run:
         """Nothing can be prepared: the lengths decide everything."""
+        bare = problem.without_tensors()
         if without_work(problem):
-            return lambda tensors: allocate(problem, tensors)
-        return lambda tensors: _run(problem, tensors)
+            return lambda tensors: allocate(bare, tensors)
+        return lambda tensors: _run(bare, tensors)
 
 
 def _run(problem: Problem, tensors: Tensors) -> AttnResult:

@@ -10,7 +10,7 @@ import torch
 import triton
 
 from triton_fa import device as device_facts
-from triton_fa.backends.base import Run
+from triton_fa.backends.base import Run, allocate, without_work
 from triton_fa.checks import require_shape
 from triton_fa.kernels import plans
 from triton_fa.kernels.compat import INTERPRETED
@@ -59,8 +59,9 @@ class TritonBackend:
         metadata = problem.tensors.scheduler_metadata
         if metadata is not None:
             require_shape("scheduler_metadata", metadata, (metadata_entries(bounds.batch),))
-        if bounds.batch == 0 or bounds.total_q == 0 or bounds.max_seqlen_q == 0:
-            return lambda tensors: _buffers(problem, tensors)
+        if without_work(problem):
+            bare = problem.without_tensors()
+            return lambda tensors: allocate(bare, tensors)
         stand_in = _stand_in(problem)
         if stand_in is None:
             return _launches(problem)
@@ -91,11 +92,12 @@ def _launches(problem: Problem) -> Run:
     planned = plans.plan(problem, device_facts.facts(device))
     size = planned.workspace_size
     part = torch.empty(size, dtype=torch.float32, device=device) if size else None
-    example = plans.call_tensors(problem.tensors, _buffers(problem, problem.tensors), part)
+    example = plans.call_tensors(problem.tensors, allocate(problem, problem.tensors), part)
+    bare = problem.without_tensors()
     enqueue = _enqueuer(planned.launches, example, device)
 
     def run(tensors: Tensors) -> AttnResult:
-        result = _buffers(problem, tensors)
+        result = allocate(bare, tensors)
         part = torch.empty(size, dtype=torch.float32, device=device) if size else None
         enqueue(plans.call_tensors(tensors, result, part))
         return result
@@ -131,17 +133,6 @@ def _enqueuer(
                 dispatched(step.pointers(given))
 
     return enqueue
-
-
-def _buffers(problem: Problem, tensors: Tensors) -> AttnResult:
-    """The result's tensors, not yet written."""
-    q, out, lse = tensors.q, tensors.out, None
-    if out is None:
-        out = torch.empty((*q.shape[:-1], problem.spec.head_dim_v), dtype=q.dtype, device=q.device)
-    if problem.return_lse:
-        shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    return AttnResult(out, lse)
 
 
 def _stand_in(problem: Problem) -> torch.Tensor | None:

@@ -137,6 +137,9 @@ def cross_compile(
             attributes[(param.num,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[param.name] = "fp32"
+        elif isinstance(value, int) and value == 1 and not param.do_not_specialize:
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
         elif isinstance(value, int):
             signature[param.name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0 and not param.do_not_specialize:

@@ -24,6 +24,7 @@ from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
 from triton_fa.schedule.tiles import (
     DecodeTile,
     PrefillTile,
+    decode_fits,
     decode_panels,
     decode_programs,
     decode_tile,
@@ -136,7 +137,7 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     """
     spec, bounds = problem.spec, problem.bounds
     most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
-    rows = decode_rows(spec, most_rows, varlen_q=problem.tensors.seqused_q is not None)
+    rows = decode_rows(spec, device, most_rows, varlen_q=problem.tensors.seqused_q is not None)
     common = _common(problem)
     launches: tuple[PlannedLaunch, ...] = ()
     workspace_size = 0
@@ -148,12 +149,17 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     return Plan(launches, workspace_size)
 
 
-def decode_rows(spec: AttnSpec, most_rows: int, *, varlen_q: bool) -> int:
+def decode_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, *, varlen_q: bool) -> int:
     """Rows of the decode kernel, a power of two; 0 where no sequence can be on its path.
 
     `most_rows` bounds the rows of one sequence per kv head; with `varlen_q`, or packed queries,
     sequences may have fewer.
     """
+    rows = _wanted_rows(spec, most_rows, varlen_q)
+    return rows if rows and decode_fits(spec, device, rows) else 0
+
+
+def _wanted_rows(spec: AttnSpec, most_rows: int, varlen_q: bool) -> int:
     group = spec.q_heads_per_kv
     if spec.batch_invariant:
         # The path of a row must not depend on how long its neighbours may be.
@@ -410,7 +416,7 @@ def schedule(
 ) -> PlannedLaunch:
     """The launch that fills the scheduler metadata of these lengths."""
     most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
-    rows = decode_rows(spec, most_rows, varlen_q=lengths.seqused_q is not None)
+    rows = decode_rows(spec, device, most_rows, varlen_q=lengths.seqused_q is not None)
     block_n = decode_tile(spec, device, max(rows, 1)).block_n
     block_m = prefill_tile(spec, device, most_rows).block_m
     windows = _windows(spec, bounds.max_seqlen_k, bounds.max_seqlen_q)

@@ -134,6 +134,13 @@ def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
     return per_program * tile.programs_per_sm
 
 
+def decode_fits(spec: AttnSpec, device: DeviceFacts, rows: int) -> bool:
+    """Whether any decode tile for `rows` rows fits the device's shared memory."""
+    tile = decode_tile(spec, device, rows)
+    dim = max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
+    return _decode_bytes(tile, rows, dim, spec.dtype.itemsize) <= _shared_budget(device)
+
+
 def decode_programs(device: DeviceFacts, tile: DecodeTile, heads_kv: int, sm_margin: int) -> int:
     """Programs of the decode grid: a multiple of the heads unless that idles over 5 %."""
     slots = max(1, device.num_sms - sm_margin) * tile.programs_per_sm
