@@ -284,7 +284,7 @@ def _decode(
     spec, bounds = problem.spec, problem.bounds
     tile = decode_tile(spec, device, rows)
     smallest_chunk, most_pieces = _chunking(spec, tile.block_n)
-    programs = decode_programs(device, tile, spec.num_heads_kv, spec.sm_margin)
+    programs = decode_programs(device, tile, spec.num_heads_kv, bounds.batch, spec.sm_margin)
     slots = 2 * programs
     if smallest_chunk and most_pieces:
         programs = max(1, programs // spec.num_heads_kv) * spec.num_heads_kv

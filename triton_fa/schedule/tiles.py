@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -141,8 +142,19 @@ def decode_fits(spec: AttnSpec, device: DeviceFacts, rows: int) -> bool:
     return _decode_bytes(tile, rows, dim, spec.dtype.itemsize) <= _shared_budget(device)
 
 
-def decode_programs(device: DeviceFacts, tile: DecodeTile, heads_kv: int, sm_margin: int) -> int:
-    """Programs of the decode grid: a multiple of the heads unless that idles over 5 %."""
+def decode_programs(
+    device: DeviceFacts, tile: DecodeTile, heads_kv: int, batch: int, sm_margin: int
+) -> int:
+    """Programs of the decode grid.
+
+    A multiple of the heads unless that idles over 10 %; and ranges per head that the sequences
+    divide, or that divide the sequences, if that idles no more than 6 %: then the ranges of equally
+    long sequences end where sequences do, and fewer results need merging.
+    """
     slots = max(1, device.num_sms - sm_margin) * tile.programs_per_sm
-    even = slots // heads_kv * heads_kv
-    return even if even >= 0.95 * slots else slots
+    ranges = slots // heads_kv
+    if ranges * heads_kv < 0.9 * slots:
+        return slots
+    fewest = math.ceil(0.94 * ranges)
+    aligned = (n for n in range(ranges, fewest - 1, -1) if n % batch == 0 or batch % n == 0)
+    return next(aligned, ranges) * heads_kv
