@@ -1,8 +1,11 @@
 """python -m parity_tests: every backend that runs here against the float64 reference."""
 
 import importlib
+import os
 import shlex
+import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +15,10 @@ import rich.table
 from rich.console import Console
 from rich.markup import escape
 
-from parity_tests import device as device_module
-
 if TYPE_CHECKING:
-    from parity_tests.cases import Case
     from parity_tests.runners import Outcome
-    from parity_tests.suite import Run
+    from parity_tests.suite import Options, Run
+    from parity_tests.workers import Worker
 
 GENERATED_ON_GPU, GENERATED_INTERPRETED = 200, 24
 COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"}
@@ -71,6 +72,7 @@ COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"
     help="How many of those FA4 compiles (2 to 5 seconds each).",
 )
 @click.option("--repro", is_flag=True, help="Print code that runs each failed case again.")
+@click.option("--worker", is_flag=True, hidden=True)
 def main(
     generated: int | None,
     seed: int,
@@ -78,13 +80,20 @@ def main(
     output: Path,
     device_name: str | None,
     repro: bool,
+    worker: bool,
     **options: Any,
 ) -> None:
     """Hold the backends against the float64 reference and write parity.json and parity.html.
 
     Exits with 1 on any failure, and also if nothing ran. Without a CUDA GPU the kernels run in
-    Triton's interpreter on scaled-down cases.
+    Triton's interpreter on scaled-down cases. The cases run in a process of their own: a backend
+    that crashes it fails that case, and another process goes on with the rest.
     """  # fmt: skip
+    if not worker:
+        for left_over in output.glob("*.json*"):
+            left_over.unlink()
+    first = None if worker else start_worker()  # they import torch at the same time
+    device_module = importlib.import_module("parity_tests.device")
     try:
         device = device_module.settle(device_name)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """Where FlashAttention-3 and -4, or Triton's interpreter, differ by design.
 
-An entry widens the budget of the cases it applies to, or says that they cannot be compared. A
-result inside the ordinary budget still counts as agreement: an entry is never needed to pass.
+An entry widens the budget of the cases it applies to, or says why they are not launched at all. A
+result inside the ordinary budget still counts as agreement: no entry is needed to pass.
 """
 
 import dataclasses
@@ -10,10 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from parity_tests.budgets import Limits
 from parity_tests.cases import Case
 
 FA3, FA4 = 3, 4
+# What an entry does: widen a budget, or keep the backend from being launched, for either reason.
+BUDGET, INCOMPARABLE, CRASH = "budget", "not comparable", "crash"
 
 
 def _same(limits: Limits, _case: Case) -> Limits:
@@ -29,7 +33,7 @@ class Difference:
     where: str  # who says so, or how it was seen
     applies: Callable[[Case, Any], bool]
     widen: Callable[[Limits, Case], Limits] = _same
-    comparable: bool = True  # False: the backend is not run at all
+    kind: str = BUDGET
     needs_clean_inputs: bool = False  # True: zeros in place of NaN, page 0 in place of garbage
 
 
@@ -42,6 +46,10 @@ def has_empty_rows(case: Case) -> bool:
     return reaches_out and (
         case.causal or (right is not None and right >= 0) or (left is not None and left >= 0)
     )
+
+
+def _on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def _fast_tanh_lse(limits: Limits, case: Case) -> Limits:
@@ -108,7 +116,20 @@ DIFFERENCES = (
         reason="sinks are staged in 64 shared-memory entries without a check: reads out of bounds",
         where="hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, as built in sgl-kernel",
         applies=lambda case, ver: ver == FA3 and case.sinks and case.heads_q > 64,
-        comparable=False,
+        kind=INCOMPARABLE,
+    ),
+    Difference(
+        id="fa4-wide-heads-on-gathered-pages",
+        reason="the copy that gathers pages makes an illegal memory access with wide heads",
+        where="FA4 4.0.0b36 on an H200: head_dim 160, page_size 16",
+        applies=lambda case, ver: (
+            ver == FA4
+            and case.kv_layout == "paged"
+            and case.page_size != 128
+            and 128 < case.head_dim < 256
+            and _on_hopper()
+        ),
+        kind=CRASH,
     ),
     Difference(
         id="fa4-padding-rows",

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
@@ -54,7 +55,7 @@ def environment(run: Run, command: str) -> dict[str, Any]:
         "triton_fa": getattr(triton_fa, "__version__", None) or _version("triton-fa"),
         "commit": _commit(),
         "kernel_digest": kernel_digest(),
-        "backends": _backends(options.device.name),
+        "backends": what_backends(options.device.name) if run.backends is None else run.backends,
     }
 
 
@@ -69,7 +70,8 @@ def as_data(run: Run, command: str) -> dict[str, Any]:
         "tally": tally(run.outcomes),
         "ratios": ratios(run.outcomes),
         "known_differences": [
-            {"id": d.id, "reason": d.reason, "where": d.where} for d in DIFFERENCES
+            {"id": d.id, "kind": d.kind, "reason": d.reason, "where": d.where}
+            for d in DIFFERENCES
         ],
         "outcomes": [_row(outcome) for outcome in run.outcomes],
     }
@@ -89,6 +91,10 @@ def limits(run: Run) -> list[str]:
         specs = {o.case.spec for o in run.outcomes if not o.case.name}
         cases = {o.case for o in run.outcomes if not o.case.name}
         said.append(f"{len(cases)} generated cases over {len(specs)} compile-time variants.")
+    for id_, count in Counter(
+        id_ for o in run.outcomes if o.quarantined for id_ in o.differences
+    ).items():
+        said.append(f"Quarantined, {count} times never launched: {id_}.")
     for reason in dict.fromkeys(
         r for o in run.outcomes if o.verdict == "not run" for r in o.reasons
     ):
@@ -159,7 +165,7 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def _backends(device: str) -> dict[str, str]:
+def what_backends(device: str) -> dict[str, str]:
     statuses = triton_fa.backends(device)
     return {
         str(ver): status.detail if status.available else f"unavailable: {status.reason}"

@@ -1,10 +1,12 @@
 """Run one case on one backend and say what came of it. Nothing is ever skipped in silence."""
 
+import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -12,7 +14,8 @@ import reference
 import triton_fa
 from parity_tests.budgets import Limits, Measures, Result, Truth, judge
 from parity_tests.cases import Case
-from parity_tests.known_differences import known
+from parity_tests.known_differences import BUDGET, CRASH, known
+from triton_fa import dispatch
 from triton_fa.errors import BackendUnavailableError, UnsupportedError
 
 Tensor = torch.Tensor
@@ -25,7 +28,8 @@ OWN = ("triton", "torch")
 
 AGREES, KNOWN, REFUSED = "agrees", "known difference", "refused"
 UNAVAILABLE, FAILED, NOT_RUN = "unavailable", "failed", "not run"
-CONTEXT_LOST = "CUDA context lost"
+CRASHED, QUARANTINED = "crashed: ", "quarantined: "  # how the reason of such an outcome begins
+CONTEXT_LOST = f"{CRASHED}left CUDA unusable"
 
 # Arguments of the public functions that say how to compute, not what: the reference has none.
 _HOW = ("out", "num_splits", "return_softmax_lse")
@@ -42,6 +46,7 @@ class Outcome:
     measures: Measures = field(default_factory=Measures)
     differences: tuple[str, ...] = ()  # ids in known_differences
     seconds: float = 0.0
+    launched: bool = True  # False: an entry of known_differences kept it from running
 
     @property
     def is_failure(self) -> bool:
@@ -53,7 +58,29 @@ class Outcome:
     @property
     def ran(self) -> bool:
         """Whether the backend computed something that was compared."""
-        return self.verdict in (AGREES, KNOWN, FAILED)
+        return self.launched and self.verdict in (AGREES, KNOWN, FAILED)
+
+    @property
+    def crashed(self) -> bool:
+        """Whether nothing could run after this in the same process."""
+        return self.verdict == FAILED and any(r.startswith(CRASHED) for r in self.reasons)
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether it was not launched because it would crash."""
+        return not self.launched and self.reasons[0].startswith(QUARANTINED)
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` gives an equal outcome back."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Outcome":
+        """The outcome written by `to_json`."""
+        fields = json.loads(text)
+        fields |= {name: tuple(fields[name]) for name in ("reasons", "differences")}
+        made = {"case": Case(**fields["case"]), "measures": Measures(**fields["measures"])}
+        return cls(**fields | made)
 
     def describe(self) -> str:
         """One line for a terminal."""
@@ -100,12 +127,18 @@ def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outco
     """Run a prepared case on one backend and judge it."""
     case = prepared.case
     entries = known(case, ver)
-    for entry in entries:
-        if not entry.comparable:
-            reasons = (f"not comparable: {entry.reason}",)
-            return Outcome(case, ver, KNOWN, reasons, differences=(entry.id,))
-
     poison = not any(entry.needs_clean_inputs for entry in entries)
+    for entry in entries:
+        if entry.kind == BUDGET:
+            continue
+        if entry.kind == CRASH:
+            refused = refusal(case, prepared.arguments(poison=poison), ver)
+            if refused is not None:
+                return refused
+        said = QUARANTINED if entry.kind == CRASH else f"{entry.kind}: "
+        reasons = (said + entry.reason,)
+        return Outcome(case, ver, KNOWN, reasons, differences=(entry.id,), launched=False)
+
     arguments = prepared.arguments(poison=poison)
     started = time.perf_counter()
 
@@ -137,6 +170,24 @@ def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outco
     if not remaining:
         return outcome(KNOWN, *problems, measures=measures, differences=tuple(used))
     return outcome(FAILED, *remaining, measures=measures)
+
+
+class _Accepted(Exception):  # noqa: N818  # raised where a call would be launched
+    pass
+
+
+def refusal(case: Case, arguments: dict[str, Any], ver: Ver) -> Outcome | None:
+    """What the package itself refuses about a call, or None, without ever launching it."""
+    with mock.patch.object(dispatch, "_prepare", side_effect=_Accepted):
+        try:
+            public_call(case, arguments, ver)
+        except UnsupportedError as error:
+            return Outcome(case, ver, REFUSED, tuple(error.reasons))
+        except BackendUnavailableError as error:
+            return Outcome(case, ver, UNAVAILABLE, (str(error.reason),))
+        except _Accepted:
+            return None
+    raise AssertionError(f"ver={ver} took a call that must not be launched: {case}")
 
 
 def context_is_lost() -> bool:
@@ -173,4 +224,4 @@ def _what_went_wrong(error: Exception, device: str) -> tuple[str, ...]:
     text = " ".join(str(error).split())[:500]
     reasons = (f"{type(error).__name__}: {text} ({where})",)
     lost = device.startswith("cuda") and context_is_lost()
-    return (*reasons, CONTEXT_LOST) if lost else reasons
+    return (CONTEXT_LOST, *reasons) if lost else reasons

@@ -1,6 +1,6 @@
 """One run: which cases, on which backends, in which order, and whether it passed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from parity_tests import named, strategies
@@ -22,6 +22,8 @@ from parity_tests.runners import (
     public_call,
     run_backend,
 )
+
+Before = Callable[[Case, Ver | None], None]
 
 
 @dataclass(frozen=True)
@@ -51,66 +53,77 @@ def plan(options: Options) -> list[Case]:
 
 @dataclass
 class Run:
-    """State of a run: what happened so far decides what can still happen."""
+    """State of a run: what happened so far, in this process or before, decides what still can."""
 
     options: Options
     call: Call = public_call
     outcomes: list[Outcome] = field(default_factory=list)
-    context_lost: bool = False
+    context_lost: bool = False  # nothing more can run in this process
+    gave_up: str = ""  # why pairs are left that no process will run
+    backends: dict[str, str] | None = None  # what each backend was, where that is known already
     _unavailable: dict[Ver, Outcome] = field(default_factory=dict)
     _fa4_specs: set[Spec] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for outcome in self.outcomes:
+            self._learn(outcome)
 
     def go(
         self,
         cases: list[Case],
-        before: Callable[[Case], None] = lambda case: None,
-        after: Callable[[Case], None] = lambda case: None,
+        before: Before = lambda case, ver: None,
+        after: Callable[[Outcome], None] = lambda outcome: None,
     ) -> None:
-        """Run every case on every backend."""
-        for case in cases:
-            before(case)
-            self.outcomes += self._run_case(case)
-            after(case)
+        """Run every case on every backend, but no pair again, and nothing once CUDA is lost.
 
-    def _run_case(self, case: Case) -> Iterator[Outcome]:
-        if self.context_lost:
-            yield from self._none_run(case, NOT_RUN, CONTEXT_LOST)
-            return
+        `before` is told the pair that is about to run, or (case, None) for its exact result.
+        """
+        done = {(outcome.case, outcome.ver) for outcome in self.outcomes}
+        for case in cases:
+            vers = tuple(ver for ver in self.options.vers if (case, ver) not in done)
+            for outcome in self._run_case(case, vers, before) if vers else ():
+                self.outcomes.append(outcome)
+                after(outcome)
+            if self.context_lost:
+                return
+
+    def _run_case(self, case: Case, vers: tuple[Ver, ...], before: Before) -> Iterator[Outcome]:
+        before(case, None)
         try:
             prepared = Prepared.of(case, self.options.device.name)
         except CannotRunError as error:
-            yield from self._none_run(case, NOT_RUN, str(error))
+            yield from none_run(case, vers, NOT_RUN, str(error))
             return
         except Exception as error:  # noqa: BLE001  reported, and it fails the run
             self.context_lost = context_is_lost()
-            yield from self._none_run(case, FAILED, f"no exact result: {error!r}"[:500])
+            reasons = (CONTEXT_LOST,) if self.context_lost else ()
+            reasons += (f"no exact result: {error!r}"[:500],)
+            yield from none_run(case, vers, FAILED, *reasons)
             return
-        for ver in self.options.vers:
+        for ver in vers:
+            before(case, ver)
             outcome = self._run_one(prepared, ver)
-            if CONTEXT_LOST in outcome.reasons and outcome.verdict == FAILED:
-                self.context_lost = True
+            self._learn(outcome)
             yield outcome
+            if outcome.crashed:
+                self.context_lost = True
+                return
 
     def _run_one(self, prepared: Prepared, ver: Ver) -> Outcome:
         case = prepared.case
-        if self.context_lost:
-            return Outcome(case, ver, NOT_RUN, (CONTEXT_LOST,))
         if ver in self._unavailable:
             return Outcome(case, ver, UNAVAILABLE, self._unavailable[ver].reasons)
         limited = ver == FA4 and not case.name and case.spec not in self._fa4_specs
         if limited and len(self._fa4_specs) >= self.options.fa4_variants:
             reason = f"FA4 compiles at most {self.options.fa4_variants} generated variants"
             return Outcome(case, ver, NOT_RUN, (f"{reason} (--fa4-variants)",))
-        outcome = run_backend(prepared, ver, self.call)
-        if outcome.verdict == UNAVAILABLE:
-            self._unavailable[ver] = outcome
-        if limited and outcome.ran:
-            self._fa4_specs.add(case.spec)
-        return outcome
+        return run_backend(prepared, ver, self.call)
 
-    def _none_run(self, case: Case, verdict: str, reason: str) -> Iterator[Outcome]:
-        for ver in self.options.vers:
-            yield Outcome(case, ver, verdict, (reason,))
+    def _learn(self, outcome: Outcome) -> None:
+        if outcome.verdict == UNAVAILABLE:
+            self._unavailable.setdefault(outcome.ver, outcome)
+        if outcome.ver == FA4 and not outcome.case.name and outcome.ran:
+            self._fa4_specs.add(outcome.case.spec)
 
     @property
     def failures(self) -> list[Outcome]:
@@ -120,10 +133,12 @@ class Run:
     def verdict(self) -> tuple[bool, str]:
         """Whether the run passed, and the sentence that says why."""
         ran = sum(outcome.ran for outcome in self.outcomes)
-        if self.context_lost:
-            return False, "FAILED: an error left CUDA unusable; the rest was not run"
+        if self.gave_up:
+            return False, f"FAILED: {self.gave_up}; the rest was not run"
         if self.failures:
-            return False, f"FAILED: {len(self.failures)} of {len(self.outcomes)} outcomes"
+            crashes = sum(outcome.crashed for outcome in self.failures)
+            of_them = f", {crashes} of them crashed" if crashes else ""
+            return False, f"FAILED: {len(self.failures)} of {len(self.outcomes)} outcomes{of_them}"
         if ran == 0:
             return False, "FAILED: nothing ran at all"
         missing = sorted({str(o.ver) for o in self.outcomes if o.verdict == UNAVAILABLE})
@@ -131,6 +146,14 @@ class Run:
             return False, f"FAILED: peers are required, but {', '.join(missing)} could not run"
         peers = f"; could not run: {', '.join(missing)}" if missing else ""
         return True, f"passed: {ran} comparisons within budget{peers}"
+
+
+def none_run(
+    case: Case, vers: Iterable[Ver], verdict: str, *reasons: str
+) -> Iterator[Outcome]:
+    """The same outcome on every one of these backends."""
+    for ver in vers:
+        yield Outcome(case, ver, verdict, reasons)
 
 
 def tally(outcomes: list[Outcome]) -> dict[str, dict[str, int]]:

@@ -416,7 +416,7 @@ def test_truncated_bfloat16_is_excused_in_the_interpreter_alone(monkeypatch: Any
 
 
 def test_the_report_is_self_contained_and_escaped(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(report, "_backends", lambda _: {"triton": "here"})
+    monkeypatch.setattr(report, "what_backends", lambda _: {"triton": "here"})
     hostile = CASE.with_changes(name="<script>alert(1)</script>")
     run = run_of(exact, [hostile, CASE], vers=("triton", 3))
     json_path, html_path = report.write(run, tmp_path / "made", "python -m parity_tests")
@@ -436,7 +436,7 @@ def test_the_command_line_says_by_its_exit_status_whether_it_passed(
     call: Any, status: int, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(device_module, "settle", lambda _: CPU)
-    monkeypatch.setattr(report, "_backends", lambda _: {})
+    monkeypatch.setattr(report, "what_backends", lambda _: {})
     monkeypatch.setattr(suite, "Run", functools.partial(suite.Run, call=call))
     arguments = ["--cases", "2", "--filter", "varlen", "--repro", "--output", str(tmp_path / "x")]
     result = CliRunner().invoke(command_line.main, arguments)

@@ -90,16 +90,22 @@ def _fill_zero(metadata: torch.Tensor) -> None:
 def _launches(problem: Problem) -> Run:
     device = problem.spec.device
     planned = plans.plan(problem, device_facts.facts(device))
-    size = planned.workspace_size
-    part = torch.empty(size, dtype=torch.float32, device=device) if size else None
-    example = plans.call_tensors(problem.tensors, allocate(problem, problem.tensors), part)
     bare = problem.without_tensors()
+
+    def workspace(size: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.empty(size, dtype=dtype, device=device) if size else None
+
+    def call_tensors(tensors: Tensors, result: AttnResult) -> CallTensors:
+        part = workspace(planned.partial_floats, torch.float32)
+        prefill_plan = workspace(planned.plan_entries, torch.int32)
+        return plans.call_tensors(tensors, result, part, prefill_plan)
+
+    example = call_tensors(problem.tensors, allocate(bare, problem.tensors))
     enqueue = _enqueuer(planned.launches, example, device)
 
     def run(tensors: Tensors) -> AttnResult:
         result = allocate(bare, tensors)
-        part = torch.empty(size, dtype=torch.float32, device=device) if size else None
-        enqueue(plans.call_tensors(tensors, result, part))
+        enqueue(call_tensors(tensors, result))
         return result
 
     return run

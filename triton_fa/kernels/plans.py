@@ -31,12 +31,14 @@ from triton_fa.schedule.tiles import (
     next_power_of_2,
     prefill_tile,
 )
-from triton_fa.spec import AttnSpec, Bounds
+from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
 LOG2E = math.log2(math.e)
 REGISTERS_PER_SM = 65536
 INVARIANT_CHUNK = 512
 INVARIANT_PIECES = 64
+PLAN_BELOW = 0.8
+"""The prefill path is planned where that leaves less than this of the unplanned programs."""
 MAX_DECODE_ROWS = 64
 """A sequence with at most this many query rows per kv head belongs to the decode path."""
 
@@ -53,15 +55,21 @@ POINTERS = (
     "seqused_q_ptr",
     "seqused_k_ptr",
     "sinks_ptr",
-    "metadata_ptr",
+    "plan_ptr",
 )
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
 
 
 def call_tensors(
-    tensors: Tensors, result: AttnResult, part: torch.Tensor | None
+    tensors: Tensors,
+    result: AttnResult,
+    part: torch.Tensor | None,
+    prefill_plan: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """What `POINTERS` names, and a None for an absent descriptor; `part` is the workspace."""
+    """What `POINTERS` names, and a None for an absent descriptor.
+
+    `part` and `prefill_plan` are the workspaces of the decode and the prefill path.
+    """
     return (
         result.out,
         result.lse,
@@ -75,7 +83,7 @@ def call_tensors(
         tensors.seqused_q,
         tensors.seqused_k,
         tensors.sinks,
-        tensors.scheduler_metadata,
+        prefill_plan,
         None,
     )
 
@@ -84,7 +92,7 @@ def length_tensors(lengths: Lengths, metadata: torch.Tensor) -> tuple[torch.Tens
     """What `POINTERS` names, for the schedule kernel."""
     given: dict[str, torch.Tensor | None] = dict.fromkeys(POINTERS)
     given |= {f"{name}_ptr": tensor for name, tensor in lengths._asdict().items()}
-    given["metadata_ptr"] = metadata
+    given["plan_ptr"] = metadata
     return (*given.values(), None)
 
 
@@ -123,10 +131,11 @@ class PlannedLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The launches of one call, in order, and the floats of workspace they share."""
+    """The launches of one call, in order, and the workspaces they share."""
 
     launches: tuple[PlannedLaunch, ...]
-    workspace_size: int
+    partial_floats: int  # partial results of the decode path
+    plan_entries: int  # int32 entries of the prefill path's plan; 0 where it needs none
 
 
 def plan(problem: Problem, device: DeviceFacts) -> Plan:
@@ -140,13 +149,15 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     rows = decode_rows(spec, device, most_rows, varlen_q=problem.tensors.seqused_q is not None)
     common = _common(problem)
     launches: tuple[PlannedLaunch, ...] = ()
-    workspace_size = 0
+    partial_floats = plan_entries = 0
     if most_rows > rows or not rows:
-        launches += (_prefill(problem, device, rows, most_rows, common),)
+        prefill = _prefill(problem, device, rows, most_rows, common)
+        launches += prefill
+        plan_entries = metadata_entries(bounds.batch) if len(prefill) > 1 else 0
     if rows:
-        decode, workspace_size = _decode(problem, device, rows, common)
+        decode, partial_floats = _decode(problem, device, rows, common)
         launches += decode
-    return Plan(launches, workspace_size)
+    return Plan(launches, partial_floats, plan_entries)
 
 
 def decode_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, *, varlen_q: bool) -> int:
@@ -380,26 +391,37 @@ def _merge_shape(pieces: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]
 def _prefill(
     problem: Problem,
     device: DeviceFacts,
-    decode_rows: int,
+    rows_of_decode: int,
     most_rows: int,
     common: dict[str, Any],
-) -> PlannedLaunch:
-    """The launch of the prefill path."""
+) -> tuple[PlannedLaunch, ...]:
+    """The launch of the prefill path, behind the one that plans it where sequences may differ."""
     spec, bounds = problem.spec, problem.bounds
     # Batch-invariant: the tile must not depend on how long neighbours may be either.
     tile = prefill_tile(spec, device, 2**31 if spec.batch_invariant else most_rows)
     row_tiles = -(-most_rows // tile.block_m)
+    tiles = row_tiles * bounds.batch
+    planned_tiles = bounds.total_q * spec.q_heads_per_kv // tile.block_m + bounds.batch
+    launches: tuple[PlannedLaunch, ...] = ()
+    if spec.query_layout == "packed" and planned_tiles < PLAN_BELOW * tiles:
+        tensors = problem.tensors
+        lengths = Lengths(
+            tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k
+        )
+        launches += (schedule(spec, bounds, lengths, device, total_k=common["total_k"]),)
+        tiles = planned_tiles
     block_d = max(16, next_power_of_2(spec.head_dim))
     block_dv = max(16, next_power_of_2(spec.head_dim_v))
-
-    return PlannedLaunch(
+    prefill = PlannedLaunch(
         prefill_kernel,
-        (row_tiles * bounds.batch * spec.num_heads_kv, 1, 1),
+        (tiles * spec.num_heads_kv, 1, 1),
         _arguments(
             prefill_kernel,
             common,
+            segment=metadata_entries(bounds.batch) // 4,
             num_row_tiles=row_tiles,
-            DECODE_ROWS=decode_rows,
+            DECODE_ROWS=rows_of_decode,
+            BLOCK_B=_block_b(bounds.batch),
             BLOCK_M=tile.block_m,
             HALVES=tile.halves,
             BLOCK_N=tile.block_n,
@@ -409,16 +431,21 @@ def _prefill(
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
     )
+    return (*launches, prefill)
 
 
 def schedule(
-    spec: AttnSpec, bounds: Bounds, lengths: Lengths, device: DeviceFacts
+    spec: AttnSpec,
+    bounds: Bounds,
+    lengths: Lengths,
+    device: DeviceFacts,
+    total_k: int = 2**31 - 1,
 ) -> PlannedLaunch:
     """The launch that fills the scheduler metadata of these lengths."""
     most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
     rows = decode_rows(spec, device, most_rows, varlen_q=lengths.seqused_q is not None)
     block_n = decode_tile(spec, device, max(rows, 1)).block_n
-    block_m = prefill_tile(spec, device, most_rows).block_m
+    block_m = prefill_tile(spec, device, 2**31 if spec.batch_invariant else most_rows).block_m
     windows = _windows(spec, bounds.max_seqlen_k, bounds.max_seqlen_q)
     block_b = _block_b(bounds.batch)
     layout = (1, rows, block_n, block_m, spec.q_heads_per_kv, *windows.values())
@@ -426,7 +453,7 @@ def schedule(
         "batch": bounds.batch,
         "segment": -(-bounds.batch // 4) * 4,
         "total_q": bounds.total_q,
-        "total_k": 2**31 - 1,
+        "total_k": total_k,
         "fixed_seqlen_q": bounds.max_seqlen_q,
         "fixed_seqlen_k": bounds.fixed_seqlen_k or 0,
         "max_seqlen_k": bounds.max_seqlen_k,

@@ -1,5 +1,8 @@
 """Attention of many query rows: one program for each tile of rows and kv head.
 
+Where sequences differ much, programs find their tile in the plan that `schedule.py` made just
+before, longest sequences first; else tile and sequence follow from the program's number.
+
 Key blocks that every row of the tile sees are computed without a mask; masked blocks are those
 that a sequence end, the causal diagonal or a window edge runs through. Blocks that no row sees
 are not read.
@@ -23,6 +26,21 @@ from triton_fa.kernels.primitives import (
     softcapped,
     visible_keys,
 )
+
+
+@triton.jit
+def planned_tile(tile, plan_ptr, batch, segment, BLOCK_B: tl.constexpr):
+    """(sequence, its row tile counted from the last) of a tile; (batch, 0) behind the last tile."""
+    place = 0
+    before = 0
+    for start in tl.range(0, batch, BLOCK_B, num_stages=1):
+        idx = start + tl.arange(0, BLOCK_B)
+        upto = tl.load(plan_ptr + 3 * segment + idx, mask=idx < batch, other=2147483647)
+        passed = upto <= tile
+        place += tl.sum(passed.to(tl.int32), 0)
+        before = tl.maximum(before, tl.max(tl.where(passed, upto, 0), 0))
+    seq_idx = tl.load(plan_ptr + 2 * segment + place, mask=place < batch, other=0)
+    return tl.where(place < batch, seq_idx, batch), tile - before
 
 
 @triton.jit
@@ -333,6 +351,7 @@ def prefill_kernel(
     seqused_q_ptr,
     seqused_k_ptr,
     sinks_ptr,
+    plan_ptr,
     out_stride_b,
     out_stride_t,
     out_stride_h,
@@ -350,6 +369,7 @@ def prefill_kernel(
     v_stride_h,
     table_stride,
     batch,
+    segment,
     total_q,
     total_k,
     fixed_seqlen_q,
@@ -367,6 +387,7 @@ def prefill_kernel(
     HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     DECODE_ROWS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -398,12 +419,19 @@ def prefill_kernel(
     )
     pid = tl.program_id(0)
     head = pid % NUM_HEADS_KV
-    seq_idx = (pid // NUM_HEADS_KV) % batch
-    # The last rows see the most keys under a causal mask: they go first.
-    row_tile = num_row_tiles - 1 - pid // (NUM_HEADS_KV * batch)
+    if plan_ptr is not None:
+        seq_idx, from_last = planned_tile(pid // NUM_HEADS_KV, plan_ptr, batch, segment, BLOCK_B)
+    else:
+        seq_idx = (pid // NUM_HEADS_KV) % batch
+        from_last = pid // (NUM_HEADS_KV * batch)
     first_q, seqlen_q = query_span(seq_idx, seq_idx < batch, lengths)
     num_rows = seqlen_q * GROUP
-    if (row_tile * BLOCK_M < num_rows) & (num_rows > DECODE_ROWS):
+    # The last rows see the most keys under a causal mask: they go first.
+    if plan_ptr is not None:
+        row_tile = (num_rows + BLOCK_M - 1) // BLOCK_M - 1 - from_last
+    else:
+        row_tile = num_row_tiles - 1 - from_last
+    if (row_tile >= 0) & (row_tile * BLOCK_M < num_rows) & (num_rows > DECODE_ROWS):
         first_k, seqlen_k = key_span(seq_idx, seq_idx < batch, lengths)
         offset = seqlen_k - seqlen_q
         windows = (window_left, window_right)

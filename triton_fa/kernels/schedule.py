@@ -39,7 +39,7 @@ def prefill_work(
 
 @triton.jit(do_not_specialize=VARYING)
 def schedule_kernel(
-    metadata_ptr,
+    plan_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     seqused_q_ptr,
@@ -80,10 +80,10 @@ def schedule_kernel(
         idx = start + tl.arange(0, BLOCK_B)
         mask = idx < batch
         _, _, _, _, _, _, tiles = decode_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_N)
-        tl.store(metadata_ptr + idx, decode_before + tl.cumsum(tiles, 0), mask=mask)
+        tl.store(plan_ptr + idx, decode_before + tl.cumsum(tiles, 0), mask=mask)
         decode_before += tl.sum(tiles, 0)
         row_tiles, visible = prefill_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_M)
-        tl.store(metadata_ptr + segment + idx, visible, mask=mask)
+        tl.store(plan_ptr + segment + idx, visible, mask=mask)
         order = idx
         if ORDERED:
             # Longest first; equal lengths in batch order. Absent sequences go last.
@@ -92,11 +92,11 @@ def schedule_kernel(
             order = BLOCK_B - 1 - (keys & (BLOCK_B - 1))
             in_order = tl.minimum(order, batch - 1)
             row_tiles, _ = prefill_work(in_order, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_M)
-        tl.store(metadata_ptr + 2 * segment + idx, order, mask=mask)
-        tl.store(metadata_ptr + 3 * segment + idx, rows_before + tl.cumsum(row_tiles, 0), mask=mask)
+        tl.store(plan_ptr + 2 * segment + idx, order, mask=mask)
+        tl.store(plan_ptr + 3 * segment + idx, rows_before + tl.cumsum(row_tiles, 0), mask=mask)
         rows_before += tl.sum(row_tiles, 0)
     # The padding of each segment, so that equal lengths give equal bits.
     pad = batch + tl.arange(0, 4)
     for part in tl.static_range(4):
-        tl.store(metadata_ptr + part * segment + pad, 0, mask=pad < segment)
-    tl.store(metadata_ptr + 4 * segment, tag)
+        tl.store(plan_ptr + part * segment + pad, 0, mask=pad < segment)
+    tl.store(plan_ptr + 4 * segment, tag)
