@@ -3,8 +3,10 @@
 import importlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from parity_tests.runners import Outcome
     from parity_tests.suite import Options, Run
-    from parity_tests.workers import Worker
+    from parity_tests.workers import State, Worker
 
 GENERATED_ON_GPU, GENERATED_INTERPRETED = 200, 24
 COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"}
@@ -72,7 +74,7 @@ COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"
     help="How many of those FA4 compiles (2 to 5 seconds each).",
 )
 @click.option("--repro", is_flag=True, help="Print code that runs each failed case again.")
-@click.option("--worker", is_flag=True, hidden=True)
+@click.option("--worker", type=click.Path(path_type=Path), hidden=True)
 def main(
     generated: int | None,
     seed: int,
@@ -80,7 +82,7 @@ def main(
     output: Path,
     device_name: str | None,
     repro: bool,
-    worker: bool,
+    worker: Path | None,
     **options: Any,
 ) -> None:
     """Hold the backends against the float64 reference and write parity.json and parity.html.
@@ -89,18 +91,20 @@ def main(
     Triton's interpreter on scaled-down cases. The cases run in a process of their own: a backend
     that crashes it fails that case, and another process goes on with the rest.
     """  # fmt: skip
-    if not worker:
-        for left_over in output.glob("*.json*"):
-            left_over.unlink()
-    first = None if worker else start_worker()  # they import torch at the same time
+    state_folder = worker or _new_folder(output)
+    first = None if worker else start_worker(state_folder)  # both import torch at the same time
     device_module = importlib.import_module("parity_tests.device")
     try:
         device = device_module.settle(device_name)
     except RuntimeError as error:
+        if worker:
+            sys.exit(1)  # the parent says the same
+        shutil.rmtree(state_folder)
         raise click.ClickException(str(error)) from error
     # Only now: these import triton_fa, and the interpreter must be on before triton is imported.
     suite = importlib.import_module("parity_tests.suite")
     report = importlib.import_module("parity_tests.report")
+    workers = importlib.import_module("parity_tests.workers")
 
     if generated is None:
         generated = GENERATED_INTERPRETED if device.interpreted else GENERATED_ON_GPU
@@ -109,10 +113,21 @@ def main(
         device=device, generated=generated, seed=seed, vers=vers or suite.VERS, **options
     )
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(f"[bold]triton_fa parity[/] on {escape(device.description)}, seed {seed}")
-    cases = suite.plan(chosen)
+    state = workers.State(state_folder)
+    if first is None:
+        _work(state, chosen, console)
+        return
     run = suite.Run(chosen)
-    _go(run, cases, console, output / "running.json")
+    status = workers.supervise(
+        state,
+        run,
+        first,
+        start=lambda: start_worker(state_folder),
+        say=lambda text: console.print(f"[bold red]{escape(text)}[/]"),
+    )
+    shutil.rmtree(state_folder)
+    if status:
+        sys.exit(status)
     _show(run, report.limits(run), console)
     command = shlex.join(["python", "-m", "parity_tests", *sys.argv[1:]])
     for path in report.write(run, output, command):
@@ -125,9 +140,41 @@ def main(
     sys.exit(0 if passed else 1)
 
 
-def _go(run: "Run", cases: "list[Case]", console: Console, running: Path) -> None:
-    """Run the cases; if the process dies on one, the file `running` still holds that case."""
-    running.parent.mkdir(parents=True, exist_ok=True)
+def _new_folder(output: Path) -> Path:
+    """Where a run keeps what it did so far; if this process is killed, it stays there."""
+    output.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="run-", dir=output))
+
+
+def start_worker(folder: Path) -> "Worker":
+    """This command again, as the process that runs the cases; it ends when this one does."""
+    command = [sys.executable, "-m", "parity_tests", *sys.argv[1:], "--worker", str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE)
+
+
+def end_with_parent() -> None:
+    """End this process when the other end of its standard input is closed."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _work(state: "State", options: "Options", console: Console) -> None:
+    """Run what no earlier worker did."""
+    end_with_parent()
+    suite = importlib.import_module("parity_tests.suite")
+    report = importlib.import_module("parity_tests.report")
+    workers = importlib.import_module("parity_tests.workers")
+    run = suite.Run(options, outcomes=state.outcomes())
+    cases = state.plan()
+    if cases is None:
+        line = f"[bold]triton_fa parity[/] on {escape(options.device.description)}"
+        console.print(f"{line}, seed {options.seed}")
+        cases = suite.plan(options)
+        state.save_plan(cases)
     columns = (
         rich.progress.SpinnerColumn(),
         *rich.progress.Progress.get_default_columns(),
@@ -137,15 +184,12 @@ def _go(run: "Run", cases: "list[Case]", console: Console, running: Path) -> Non
     with rich.progress.Progress(*columns, console=console) as progress:
         task = progress.add_task("cases", total=len(cases), failed=0)
 
-        def note(case: "Case") -> None:
-            running.write_text(case.to_json() + "\n", encoding="utf-8")
+        def show(_: Any) -> None:
+            done = len(run.outcomes) // len(options.vers)
+            progress.update(task, completed=done, failed=len(run.failures))
 
-        run.go(
-            cases,
-            before=note,
-            after=lambda _: progress.update(task, advance=1, failed=len(run.failures)),
-        )
-    running.unlink(missing_ok=True)
+        workers.work(state, run, show)
+    state.save_backends(report.what_backends(options.device.name))
 
 
 def _show(run: "Run", limits: list[str], console: Console) -> None:

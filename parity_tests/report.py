@@ -70,8 +70,7 @@ def as_data(run: Run, command: str) -> dict[str, Any]:
         "tally": tally(run.outcomes),
         "ratios": ratios(run.outcomes),
         "known_differences": [
-            {"id": d.id, "kind": d.kind, "reason": d.reason, "where": d.where}
-            for d in DIFFERENCES
+            {"id": d.id, "kind": d.kind, "reason": d.reason, "where": d.where} for d in DIFFERENCES
         ],
         "outcomes": [_row(outcome) for outcome in run.outcomes],
     }

@@ -96,9 +96,8 @@ class Run:
             return
         except Exception as error:  # noqa: BLE001  reported, and it fails the run
             self.context_lost = context_is_lost()
-            reasons = (CONTEXT_LOST,) if self.context_lost else ()
-            reasons += (f"no exact result: {error!r}"[:500],)
-            yield from none_run(case, vers, FAILED, *reasons)
+            lost = (CONTEXT_LOST,) if self.context_lost else ()
+            yield from none_run(case, vers, FAILED, *lost, f"no exact result: {error!r}"[:500])
             return
         for ver in vers:
             before(case, ver)
@@ -148,9 +147,7 @@ class Run:
         return True, f"passed: {ran} comparisons within budget{peers}"
 
 
-def none_run(
-    case: Case, vers: Iterable[Ver], verdict: str, *reasons: str
-) -> Iterator[Outcome]:
+def none_run(case: Case, vers: Iterable[Ver], verdict: str, *reasons: str) -> Iterator[Outcome]:
     """The same outcome on every one of these backends."""
     for ver in vers:
         yield Outcome(case, ver, verdict, reasons)

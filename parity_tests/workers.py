@@ -30,11 +30,6 @@ class State:
 
     folder: Path
 
-    def clear(self) -> None:
-        """Forget everything."""
-        for name in ("plan", "outcomes", "running", "backends"):
-            self._file(name).unlink(missing_ok=True)
-
     def save_plan(self, cases: list[Case]) -> None:
         """Keep the cases: every process of a run has the same ones."""
         self._write("plan", [asdict(case) for case in cases])
@@ -86,9 +81,7 @@ class State:
         part.replace(self._file(name))
 
 
-def work(
-    state: State, run: Run, after: Callable[[Outcome], None] = lambda outcome: None
-) -> None:
+def work(state: State, run: Run, after: Callable[[Outcome], None] = lambda outcome: None) -> None:
     """Run, in this process, the planned pairs that have no outcome yet."""
 
     def keep(outcome: Outcome) -> None:
@@ -123,14 +116,18 @@ def supervise(
         left = [(c, ver) for c in cases for ver in run.options.vers if (c, ver) not in done]
         if not left:
             break
-        if len(run.outcomes) == known or restarts == RESTARTS:
-            stuck = f"{_how(status)} before any case" if restarts < RESTARTS else "it crashed"
-            run.gave_up = f"{stuck}, after {restarts} restarts"
+        if len(run.outcomes) == known:
+            run.gave_up = f"{_how(status)} before it ran a case"
+        elif restarts == RESTARTS:
+            run.gave_up = f"no more than {RESTARTS} restarts after crashes"
+        if run.gave_up:
             run.outcomes += [Outcome(c, ver, NOT_RUN, (run.gave_up,)) for c, ver in left]
             break
         restarts += 1
-        say(f"{run.outcomes[-1].describe()}\ngoing on in a new process ({restarts})")
+        say(f"{run.outcomes[-1].describe()}; a new process goes on ({restarts} of {RESTARTS})")
         worker = start()
+    if status and not left:
+        say(f"{_how(status)} after the last case")
     run.backends = state.backends()
     return 0
 
@@ -149,5 +146,5 @@ def _died_on(state: State, vers: tuple[Ver, ...], status: int) -> list[Outcome]:
 
 def _how(status: int) -> str:
     if status < 0:
-        return f"the process died of {signal.Signals(-status).name}"
+        return f"the process died of signal {-status} ({signal.strsignal(-status)})"
     return f"the process ended with exit status {status}"

@@ -164,8 +164,12 @@ def compile_case(chip: Chip, name: str) -> Iterator[Compiled]:
     given = (SPECS | LARGE)[name]()
     lse = torch.zeros(1) if given.return_lse else None
     out = torch.zeros(1, dtype=given.spec.dtype)
-    tensors = call_tensors(given.tensors, AttnResult(out, lse), torch.zeros(1))
-    steps = [(step, tensors) for step in plan(given, chip.facts).launches]
+    planned = plan(given, chip.facts)
+    # A workspace that is not needed is not there, which decides what is compiled.
+    part = torch.zeros(1) if planned.partial_floats else None
+    order = torch.zeros(1, dtype=torch.int32) if planned.plan_entries else None
+    tensors = call_tensors(given.tensors, AttnResult(out, lse), part, order)
+    steps = [(step, tensors) for step in planned.launches]
     metadata = given.tensors.scheduler_metadata
     if metadata is not None:
         lengths = Lengths(**{name: getattr(given.tensors, name) for name in Lengths._fields})

@@ -813,6 +813,12 @@ FA4_REASONS = [
         paged(q=half(2, 1, 4, 24), k_cache=half(6, 4, 2, 24)),
         "page_size=4 with head_dim=24, head_dim_v=16",
     ),
+    (
+        9,
+        KVCACHE,
+        paged(q=half(2, 1, 4, 160), k_cache=half(6, 4, 2, 160)),
+        "page_size=4 with head_dim=160: expected head_dim up to 128 or 256, or page_size=128",
+    ),
 ]
 
 
@@ -838,6 +844,16 @@ def test_fa4_irregular_head_dims_are_fine_on_pages_as_large_as_a_tile(fake: Fake
     cache = half(3, 128, 2, 24)
     given = paged(q=half(2, 1, 4, 24), k_cache=cache, v_cache=cache.clone())
     KVCACHE(**given | {"page_table": ints(0, 1).view(2, 1)}, ver=4)
+    assert fake.calls
+
+
+@pytest.mark.parametrize(("major", "d", "page"), [(9, 128, 4), (9, 256, 4), (9, 160, 128)])
+def test_fa4_gathers_pages_except_for_wide_heads(
+    hopper: pytest.MonkeyPatch, fake: Fake, major: int, d: int, page: int
+) -> None:
+    arch(hopper, major)
+    caches = {"k_cache": half(6, page, 2, d), "v_cache": half(6, page, 2, 16)}
+    KVCACHE(**paged(q=half(2, 1, 4, d), **caches), ver=4)
     assert fake.calls
 
 

@@ -1,10 +1,13 @@
 """The harness itself: a wrong result must be reported, whatever is wrong with it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from click.testing import CliRunner
 import reference
 from parity_tests import __main__ as command_line
 from parity_tests import device as device_module
-from parity_tests import known_differences, model_case, named, report, strategies, suite
+from parity_tests import known_differences, model_case, named, report, strategies, suite, workers
 from parity_tests.cases import Case
 from parity_tests.runners import (
     AGREES,
@@ -28,6 +31,7 @@ from parity_tests.runners import (
     Prepared,
     run_backend,
 )
+from triton_fa import dispatch
 from triton_fa.errors import BackendUnavailableError, UnsupportedError
 
 CPU = device_module.Device("cpu", interpreted=True)
@@ -265,15 +269,204 @@ def test_required_peers_that_are_missing_fail_the_run() -> None:
     assert not required.verdict()[0]
 
 
-def test_after_a_lost_cuda_context_nothing_more_is_run(monkeypatch: Any) -> None:
+TWO = [CASE.with_changes(name=name) for name in ("first", "second")]
+PEERS = suite.Options(CPU, vers=(3, 4))
+
+
+class InThisProcess:
+    """A worker that is no process: it runs what is left and ends with the given exit status."""
+
+    def __init__(self, state: workers.State, call: Any, status: int = 0) -> None:
+        self.state, self.call, self.status = state, call, status
+
+    def wait(self) -> int:
+        workers.work(self.state, suite.Run(PEERS, self.call, self.state.outcomes()))
+        return self.status
+
+
+def supervised(state: workers.State, start: Any, cases: list[Case] = TWO) -> suite.Run:
+    state.save_plan(cases)
+    run = suite.Run(PEERS)
+    assert workers.supervise(state, run, start(), start) == 0
+    return run
+
+
+def test_after_a_lost_cuda_context_another_process_goes_on(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    called = []
+
+    def call(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        called.append((case.name, ver))
+        return 1 / 0 if called == [("first", 3)] else exact(case, arguments)
+
     monkeypatch.setattr("parity_tests.runners.context_is_lost", lambda: True)
-    run = suite.Run(suite.Options(CPU, vers=("triton", "torch")), lambda *_: 1 / 0)
-    first = dataclasses.replace(Prepared.of(CASE, "cpu"), device="cuda")
-    monkeypatch.setattr(suite.Prepared, "of", lambda *_: first)
-    monkeypatch.setattr(Prepared, "arguments", lambda *_, **__: {})
-    run.go([CASE, CASE])
-    assert [o.verdict for o in run.outcomes] == [FAILED, NOT_RUN, NOT_RUN, NOT_RUN]
-    assert not run.verdict()[0]
+    monkeypatch.setattr(
+        suite.Prepared, "of", lambda case, _: dataclasses.replace(real(case, "cpu"), device="cuda")
+    )
+    monkeypatch.setattr(Prepared, "arguments", lambda self, **_: self.case.materialise("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    state = workers.State(tmp_path)
+    run = supervised(state, lambda: InThisProcess(state, call))
+    assert [o.verdict for o in run.outcomes] == [FAILED, AGREES, AGREES, AGREES]
+    assert run.outcomes[0].reasons[0] == "crashed: left CUDA unusable"
+    assert "ZeroDivisionError" in run.outcomes[0].reasons[1]
+    assert called == [("first", 3), ("first", 4), ("second", 3), ("second", 4)]
+    assert run.verdict() == (False, "FAILED: 1 of 4 outcomes, 1 of them crashed")
+
+
+real = Prepared.of
+
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from parity_tests import device, suite, workers
+from triton_fa.errors import UnsupportedError
+
+def call(case, arguments, ver):
+    if (case.name, ver) == ("first", 4):
+        os._exit(3)
+    if (case.name, ver) == ("second", 3):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    raise UnsupportedError(ver, ["a reason"])
+
+state = workers.State(Path(sys.argv[1]))
+options = suite.Options(device.Device("cpu", True), vers=(3, 4))
+workers.work(state, suite.Run(options, call, state.outcomes()))
+"""
+
+
+def test_a_process_that_dies_fails_the_pair_it_ran_and_no_other(tmp_path: Path) -> None:
+    def start() -> workers.Worker:
+        command = [sys.executable, "-c", DYING, str(tmp_path)]
+        return subprocess.Popen(command, cwd=report.ROOT)
+
+    run = supervised(workers.State(tmp_path), start)
+    assert [o.verdict for o in run.outcomes] == [REFUSED, FAILED, FAILED, REFUSED]
+    assert run.outcomes[1].reasons == (
+        "crashed: the process ended with exit status 3 in backend 4",
+    )
+    assert "died of signal 11" in run.outcomes[2].reasons[0]
+    assert [(o.case.name, o.ver) for o in run.outcomes] == [
+        (case.name, ver) for case in TWO for ver in (3, 4)
+    ]
+
+
+def test_a_process_that_dies_on_the_exact_result_fails_the_case(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(suite.Prepared, "of", dies)
+    state = workers.State(tmp_path)
+    run = supervised(state, lambda: Dies(state, exact, -9), TWO[:1])
+    assert [o.verdict for o in run.outcomes] == [FAILED, FAILED]
+    assert "in its exact result" in run.outcomes[0].reasons[0]
+
+
+class Death(BaseException):
+    pass
+
+
+def dies(*_: Any) -> Any:
+    raise Death
+
+
+class Dies(InThisProcess):
+    """Ends in whatever it runs first."""
+
+    def wait(self) -> int:
+        with contextlib.suppress(Death):
+            super().wait()
+        return self.status
+
+
+def test_restarts_are_bounded_and_the_rest_is_said_loudly(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(workers, "RESTARTS", 2)
+    state, started = workers.State(tmp_path), []
+
+    def start() -> workers.Worker:
+        started.append(1)
+        return Dies(state, dies, -11)
+
+    run = supervised(state, start)
+    assert [o.verdict for o in run.outcomes] == [FAILED, FAILED, FAILED, NOT_RUN]
+    assert len(started) == 3
+    assert run.verdict() == (
+        False,
+        "FAILED: no more than 2 restarts after crashes; the rest was not run",
+    )
+    assert any("Not run, 1 times: no more than 2 restarts" in s for s in report.limits(run))
+
+
+def test_a_process_that_runs_nothing_is_not_started_again(tmp_path: Path) -> None:
+    class Nothing:
+        def wait(self) -> int:
+            return 1
+
+    run = supervised(workers.State(tmp_path), Nothing)
+    assert {o.verdict for o in run.outcomes} == {NOT_RUN}
+    assert run.verdict()[1] == (
+        "FAILED: the process ended with exit status 1 before it ran a case; the rest was not run"
+    )
+    no_plan = workers.State(tmp_path / "empty")
+    assert workers.supervise(no_plan, suite.Run(PEERS), Nothing(), Nothing) == 1
+
+
+def test_outcomes_survive_json() -> None:
+    for outcome in (judged(CASE), judged(CASE, lambda o, s: (o * math.nan, s), ver=3)):
+        assert Outcome.from_json(outcome.to_json()) == outcome
+
+
+CRASH = known_differences.Difference(
+    id="crash",
+    reason="it crashes",
+    where="here",
+    applies=lambda _case, ver: ver == "torch",
+    kind=known_differences.CRASH,
+)
+
+
+def test_a_quarantined_pair_is_never_launched(monkeypatch: Any) -> None:
+    monkeypatch.setattr(known_differences, "DIFFERENCES", (CRASH,))
+    called = []
+
+    def call(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        called.append(ver)
+        return exact(case, arguments)
+
+    run = run_of(call, [CASE], vers=("torch", 3))
+    outcome = run.outcomes[0]
+    assert (outcome.verdict, outcome.reasons) == (KNOWN, ("quarantined: it crashes",))
+    assert outcome.quarantined
+    assert called == [3]
+    assert run.verdict() == (True, "passed: 1 comparisons within budget")
+    assert "Quarantined, 1 times never launched: crash." in report.limits(run)
+    assert "nothing ran" in run_of(call, [CASE], vers=("torch",)).verdict()[1]
+
+
+def test_what_the_package_refuses_needs_no_quarantine(monkeypatch: Any) -> None:
+    entry = dataclasses.replace(CRASH, applies=lambda _case, ver: ver == 3)
+    monkeypatch.setattr(known_differences, "DIFFERENCES", (entry,))
+    backend = dispatch._load(3)
+    prepared = Prepared.of(CASE, "cpu")
+    monkeypatch.setattr(backend, "unavailable", lambda _: None, raising=False)
+    monkeypatch.setattr(backend, "unsupported", lambda _: ["a reason"], raising=False)
+    dispatch.refusals.cache_clear()
+    try:
+        outcome = run_backend(prepared, 3, exact)
+    finally:
+        dispatch.refusals.cache_clear()
+    assert (outcome.verdict, outcome.reasons) == (REFUSED, ("a reason",))
+
+
+def test_fa4_is_quarantined_where_it_was_seen_to_crash(monkeypatch: Any) -> None:
+    case = CASE.with_changes(head_dim=160, head_dim_v=160)
+    for capability, expected in (((9, 0), True), ((10, 0), False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at=capability: at)
+        kinds = {entry.kind for entry in known_differences.known(case, 4)}
+        assert (known_differences.CRASH in kinds) is expected
+        narrow = known_differences.known(CASE, 4)
+        assert known_differences.CRASH not in {entry.kind for entry in narrow}
 
 
 def test_fa4_variants_are_bounded_and_the_rest_is_said_loudly() -> None:
@@ -438,7 +631,18 @@ def test_the_command_line_says_by_its_exit_status_whether_it_passed(
     monkeypatch.setattr(device_module, "settle", lambda _: CPU)
     monkeypatch.setattr(report, "what_backends", lambda _: {})
     monkeypatch.setattr(suite, "Run", functools.partial(suite.Run, call=call))
+    monkeypatch.setattr(command_line, "end_with_parent", lambda: None)
     arguments = ["--cases", "2", "--filter", "varlen", "--repro", "--output", str(tmp_path / "x")]
+
+    class Inline:
+        def __init__(self, folder: Path) -> None:
+            self.arguments = [*arguments, "--worker", str(folder)]
+
+        def wait(self) -> int:
+            command_line.main(self.arguments, standalone_mode=False)
+            return 0
+
+    monkeypatch.setattr(command_line, "start_worker", Inline)
     result = CliRunner().invoke(command_line.main, arguments)
     assert result.exit_code == status, result.output
     assert "interpreter" in result.output
@@ -446,7 +650,7 @@ def test_the_command_line_says_by_its_exit_status_whether_it_passed(
     data = json.loads((tmp_path / "x" / "parity.json").read_text())
     assert data["passed"] == (status == 0)
     assert {o["ver"] for o in data["outcomes"]} == {"triton", "torch", "3", "4"}
-    assert not (tmp_path / "x" / "running.json").exists()
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {"parity.json", "parity.html"}
 
 
 def test_the_digest_follows_the_kernel_sources(tmp_path: Path, monkeypatch: Any) -> None:
