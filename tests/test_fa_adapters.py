@@ -819,6 +819,12 @@ FA4_REASONS = [
         paged(q=half(2, 1, 4, 160), k_cache=half(6, 4, 2, 160)),
         "page_size=4 with head_dim=160: expected head_dim up to 128 or 256, or page_size=128",
     ),
+    (
+        9,
+        KVCACHE,
+        paged(q=half(2, 1, 4, 96), k_cache=half(6, 4, 2, 96), v_cache=half(6, 4, 2, 192)),
+        "head_dim_v=192 with head_dim=96: expected head_dim_v up to 128 or head_dim",
+    ),
 ]
 
 

@@ -157,6 +157,12 @@ def _dim_reasons(spec: AttnSpec, major: int) -> list[str]:
             f"head_dim={d}, head_dim_v={dv}: expected up to 128, or (192, 128) or (256, 256), "
             f"on compute capability {major}.x"
         ]
+    if major == 9 and dv > max(128, d):
+        # 4.0.0b36 asks for more shared memory than there is, and the launch is rejected.
+        return [
+            f"head_dim_v={dv} with head_dim={d}: expected head_dim_v up to 128 or head_dim, "
+            "on compute capability 9.x"
+        ]
     return []
 
 
