@@ -88,7 +88,6 @@ def decode_kernel(
     fixed_seqlen_k,
     max_seqlen_k,
     num_pages,
-    programs,
     num_slots,
     smallest_chunk,
     most_pieces,
@@ -96,8 +95,8 @@ def decode_kernel(
     window_right,
     scale_log2,
     softcap_log2,
+    PROGRAMS: tl.constexpr,
     NUM_HEADS_KV: tl.constexpr,
-    HEADS_DIVIDE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -154,15 +153,13 @@ def decode_kernel(
     total_units, units, _ = total_and_units(
         batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
-    head, index, position, share, extra = program_range(
-        pid, programs, total_units, NUM_HEADS_KV, HEADS_DIVIDE
-    )
+    head, index, position, share, extra = program_range(pid, total_units, NUM_HEADS_KV, PROGRAMS)
     count = share + (index < extra).to(tl.int32)
     if CHUNKED:
         # The launcher sees to it that the heads divide the programs.
         slot = head * total_units + position
-    elif HEADS_DIVIDE:
-        slot = 2 * (head * (programs // NUM_HEADS_KV) + index)
+    elif PROGRAMS % NUM_HEADS_KV == 0:
+        slot = 2 * (head * (PROGRAMS // NUM_HEADS_KV) + index)
     else:
         slot = 2 * index
         head = position // total_units

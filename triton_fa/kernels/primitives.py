@@ -23,7 +23,6 @@ VARYING = (
     "max_seqlen_k",
     "num_pages",
     "num_row_tiles",
-    "programs",
     "num_slots",
     "smallest_chunk",
     "most_pieces",

@@ -1,0 +1,47 @@
+"""Committed results say what they belong to; a stale one is reported, not hidden."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from parity_tests.report import kernel_digest
+
+ROOT = Path(__file__).parent.parent
+PARITY = sorted((ROOT / "parity_tests" / "results").glob("*.json"))
+BENCH = sorted((ROOT / "bench" / "results").glob("*.json"))
+
+
+def test_there_are_results() -> None:
+    assert PARITY
+    assert BENCH
+
+
+@pytest.mark.parametrize("path", PARITY, ids=lambda p: p.stem)
+def test_a_parity_report_names_its_kernels(path: Path) -> None:
+    report = json.loads(path.read_text())
+    environment = report["environment"]
+    for name in ("gpu", "driver", "torch", "triton", "date", "command", "kernel_digest"):
+        assert environment[name], name
+    assert "seed" in environment
+    assert path.with_suffix(".html").exists()
+    if path == PARITY[-1] and environment["kernel_digest"] != kernel_digest():
+        warnings.warn(f"the kernels changed since {path.name} was made", stacklevel=1)
+
+
+@pytest.mark.parametrize("path", PARITY, ids=lambda p: p.stem)
+def test_the_own_backends_agree_in_every_case(path: Path) -> None:
+    tally = json.loads(path.read_text())["tally"]
+    for backend in ("triton", "torch"):
+        assert set(tally[backend]) <= {"agrees", "known difference"}
+        assert sum(tally[backend].values()) >= 200
+
+
+@pytest.mark.parametrize("path", BENCH, ids=lambda p: p.stem)
+def test_a_benchmark_names_its_machine(path: Path) -> None:
+    environment = json.loads(path.read_text())["environment"]
+    for name in ("gpu", "torch", "triton"):
+        assert environment[name], name
