@@ -16,6 +16,7 @@ def _forget() -> None:
     from triton_fa.backends import fa3, fa4
 
     api._RECORDS.clear()
+    api._SCHEDULES.clear()
     for cached in (
         dispatch._load,
         dispatch.refusals,

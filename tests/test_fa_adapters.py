@@ -17,7 +17,7 @@ from triton_fa import device as device_facts
 from triton_fa import env, normalize
 from triton_fa.backends import base, fa3, fa4
 from triton_fa.device import DeviceFacts
-from triton_fa.errors import BackendUnavailableError, UnsupportedError
+from triton_fa.errors import BackendUnavailableError, UnknownVersionError, UnsupportedError
 from triton_fa.normalize import Options
 from triton_fa.problem import Tensors
 
@@ -738,6 +738,30 @@ def test_metadata_of_a_provider_without_it(hopper: pytest.MonkeyPatch) -> None:
     provide(hopper, {"sgl_kernel.flash_attn": made})
     with pytest.raises(BackendUnavailableError, match="has no get_scheduler_metadata"):
         fa3.scheduler_metadata(METADATA)
+
+
+def test_every_argument_of_metadata_reaches_fa3(hopper: pytest.MonkeyPatch) -> None:
+    """Also those of a call that differs from an earlier one in nothing else."""
+    given: list[dict[str, Any]] = []
+    hopper.setattr(fa3, "scheduler_metadata", lambda given_: given.append(given_) or ints(0))
+    provide(hopper, {"sgl_kernel.flash_attn": sgl(Fake())})
+    for name, values in {
+        "attention_chunk": (0, 128, 256),
+        "max_seqlen_k_new": (0, 1, 2),
+        "pack_gqa": (None, True, False),
+        "window_size": ((-1, -1), (3, 0), (4, 0)),
+    }.items():
+        for value in values:
+            triton_fa.get_scheduler_metadata(
+                2, 1, 64, 4, 2, 16, ints(3, 8), qkv_dtype=HALF, ver=3, **{name: value}
+            )
+            assert given[-1][name] == value
+
+
+def test_a_ver_of_another_type_is_refused_after_a_hit(fake: Fake) -> None:
+    KVCACHE(**paged(), ver=3)
+    with pytest.raises(UnknownVersionError):
+        KVCACHE(**paged(), ver=3.0)
 
 
 # ---------------------------------------------------------------- FA4

@@ -340,9 +340,13 @@ def test_the_cache_is_bounded(fresh: pytest.MonkeyPatch) -> None:
     assert len(api._RECORDS) == misses  # the newest is still there
 
 
+@pytest.mark.parametrize("validated", ["0", "1"])
 @pytest.mark.parametrize("ver", ["torch", "triton"])
-def test_a_record_keeps_no_tensor_of_its_first_call(ver: str, device: str) -> None:
+def test_a_record_keeps_no_tensor_of_its_first_call(
+    fresh: pytest.MonkeyPatch, ver: str, validated: str, device: str
+) -> None:
     """A record that held on to q or a cache would keep its memory from everybody else."""
+    fresh.setenv("TRITON_FA_VALIDATE", validated)
     arguments = paged(ver=ver)
     arguments |= {n: t.to(device) for n, t in arguments.items() if isinstance(t, torch.Tensor)}
     alive = {n: weakref.ref(t) for n, t in arguments.items() if isinstance(t, torch.Tensor)}

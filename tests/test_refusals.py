@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import triton_fa
+from triton_fa.checks import one_spelling
 from triton_fa.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -395,9 +396,12 @@ def test_a_refusal_is_not_remembered_as_a_legal_call() -> None:
     assert triton_fa.flash_attn_with_kvcache(**given, ver="torch").isfinite().all()
 
 
-def test_the_same_object_under_two_spellings_is_no_contradiction() -> None:
+def test_the_same_value_under_two_spellings_is_no_contradiction() -> None:
     sinks = T(4)
     assert call(dense, sinks=sinks, learnable_sink=sinks).isfinite().all()
+    assert one_spelling(num_heads=int("1000"), num_heads_q=int("1000")) == 1000
+    with pytest.raises(ArgumentValueError, match="num_heads and num_heads_q"):
+        one_spelling(num_heads=1, num_heads_q=2)
 
 
 COMBINE_BAD: list[tuple[Arguments, type[TritonFAError], str]] = [

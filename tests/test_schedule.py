@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import triton_fa
-from triton_fa.errors import ArgumentError, UnsupportedError
+from triton_fa.errors import ArgumentError, ArgumentValueError, UnsupportedError
 
 BLOCK_N = 32  # of the interpreter's decode tile
 BLOCK_M = 32  # and of its prefill tile
@@ -93,6 +93,12 @@ def test_a_buffer_of_another_length_is_refused() -> None:
 def test_fa4_has_no_such_tensor() -> None:
     with pytest.raises(UnsupportedError, match="get_scheduler_metadata"):
         _metadata([1], ver=4)
+
+
+@pytest.mark.parametrize("ver", ["triton", "torch"])
+def test_what_attention_refuses_has_no_metadata_either(ver: str) -> None:
+    with pytest.raises(UnsupportedError, match="attention_chunk"):
+        _metadata([1], ver=ver, attention_chunk=128)
 
 
 def _paged(lengths_q: list[int], lengths_k: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -236,5 +242,5 @@ def test_the_planner_without_a_window_has_one_schedule() -> None:
 
 
 def test_the_planner_refuses_a_batch_it_has_no_room_for() -> None:
-    with pytest.raises(ValueError, match="at most 8 lengths, got 9"):
+    with pytest.raises(ArgumentValueError, match="at most 8 lengths, got 9"):
         _planner().plan(torch.ones(9, dtype=torch.int32), max_seqlen_k=64)

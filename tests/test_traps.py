@@ -221,6 +221,26 @@ def test_a_cache_tensor_without_any_element(ver: str, queries: int, device: str)
     assert (lse == -torch.inf).all(), "FA3 gives +inf here; we never do"
 
 
+@pytest.mark.parametrize("ver", VERS)
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "prefill"])
+def test_a_page_table_without_any_column(ver: str, queries: int, device: str) -> None:
+    q = torch.randn(2, queries, 4, 16, device=device)
+    cache = torch.randn(3, 4, 2, 16, device=device)
+    out, lse = triton_fa.flash_attn_with_kvcache(
+        q,
+        cache,
+        cache,
+        cache_seqlens=ints(0, INT_MAX).to(device),
+        page_table=torch.zeros(2, 0, dtype=torch.int32, device=device),
+        causal=True,
+        window_size=(5, 0),
+        ver=ver,
+        return_softmax_lse=True,
+    )
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
 # ---------------------------------------------------------------- masks
 
 

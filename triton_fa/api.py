@@ -63,6 +63,7 @@ def _call(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> 
             ver,
             scalars,
             # True == 1 and 0.0 == 0, but what is refused must not depend on what came before.
+            type(ver),
             *map(type, scalars),
             *map(type, scalars[WINDOW]),
             dispatch.is_strict(),
@@ -200,7 +201,7 @@ def flash_attn_with_kvcache(
         attention_chunk: Refused today unless None or 0.
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
         rotary_interleaved: Read only together with rotary_cos.
-        scheduler_metadata: What `get_scheduler_metadata` returned for these lengths.
+        scheduler_metadata: What `get_scheduler_metadata` returned for these lengths and this ver.
         num_splits: 0 lets the library choose, 1 computes every row unsplit, n cuts the keys of
             a sequence into at most n pieces.
         pack_gqa: A hint for ver=3 and ver=4; ver="triton" always packs.
@@ -387,7 +388,7 @@ def flash_attn_varlen_func(
         aux_tensors: Refused today.
         ver: "triton", "torch", 3, 4, or None for the default.
         out: Buffer of the result's shape and dtype to write to.
-        scheduler_metadata: What `get_scheduler_metadata` returned for these lengths.
+        scheduler_metadata: What `get_scheduler_metadata` returned for these lengths and this ver.
         only_qv: Refused today.
         mask_mod: Refused today.
         batch_invariant: The bits of a row depend on its own sequence and the settings only, not
@@ -618,8 +619,9 @@ def get_scheduler_metadata(
     """The schedule that one step's layers share, computed once from the lengths on the device.
 
     One small kernel, no host synchronisation. Pass the result as `scheduler_metadata` to every
-    call with these lengths. It is advice: metadata of other lengths may cost speed, never a wrong
-    number.
+    call with these lengths and this `ver`. FlashAttention-3 trusts it. The kernels of ver="triton"
+    find the same from the lengths in every launch and read nothing of it: whatever it holds, the
+    numbers are right.
 
     Args:
         batch_size: Number of sequences.
@@ -671,6 +673,7 @@ def get_scheduler_metadata(
         one_spelling(cache_seqlens=cache_seqlens, seqused_k=seqused_k),
     )
     leftpad = one_spelling(leftpad_k=leftpad_k, cache_leftpad=cache_leftpad)
+    window = _window(window_size)
     scalars: tuple[Any, ...] = (
         batch_size,
         max_seqlen_q,
@@ -682,7 +685,7 @@ def get_scheduler_metadata(
         qkv_dtype,
         page_size,
         causal,
-        _window(window_size),
+        window,
         has_softcap,
         num_splits,
         sm_margin,
@@ -701,8 +704,11 @@ def get_scheduler_metadata(
             key = (
                 ver,
                 scalars,
+                type(ver),
                 *map(type, scalars),
-                pack_gqa,
+                *map(type, window),
+                # What FA3 is given beside the scalars, which only say whether it was used.
+                (max_seqlen_k_new, attention_chunk, pack_gqa),
                 dispatch.is_strict(),
                 *map(_signature, (*lengths, out)),
             )

@@ -97,10 +97,14 @@ def one_spelling(**spellings: Any) -> Any:
     if not given:
         return None
     values = list(given.values())
-    if any(value is not values[0] for value in values[1:]):
+    if any(value is not values[0] and not _equal_ints(value, values[0]) for value in values[1:]):
         names = " and ".join(given)
         raise ArgumentValueError(f"{names}: expected one of these spellings, got several")
     return values[0]
+
+
+def _equal_ints(a: object, b: object) -> bool:
+    return type(a) is int and type(b) is int and a == b
 
 
 def _shape(tensor: torch.Tensor) -> str:

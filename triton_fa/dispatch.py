@@ -155,10 +155,9 @@ def prepare_schedule(
             _refuse(3, reason, ())
         _warn_once(3, reason)
         chosen = "triton"
-    if chosen == "triton":
-        unavailable, reasons = refusals("triton", spec)
-        if unavailable or reasons:
-            _refuse("triton", unavailable, reasons)
+    unavailable, reasons = refusals(chosen, spec)
+    if unavailable or reasons:
+        _refuse(chosen, unavailable, reasons)
     backend: Any = _load(chosen)
     fill = None if chosen == "torch" else backend.prepare_schedule(spec, bounds, lengths)
     entries = metadata_entries(bounds.batch)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from triton_fa.api import get_scheduler_metadata
+from triton_fa.errors import ArgumentValueError
 from triton_fa.spec import metadata_entries
 
 
@@ -107,7 +108,7 @@ class StepPlanner:
         """
         batch = cache_seqlens.shape[0]
         if batch > self.max_batch:
-            raise ValueError(
+            raise ArgumentValueError(
                 f"cache_seqlens: expected at most {self.max_batch} lengths, got {batch}"
             )
 

@@ -21,12 +21,13 @@ _logger = logging.getLogger("triton_fa")
 
 def checked(run: Run, problem: Problem) -> Run:
     """`run`, behind a check of the values in its tensors."""
+    bare = problem.without_tensors()
 
     def run_checked(tensors: Tensors) -> AttnResult:
-        if _is_capturing(problem.spec.device):
+        if _is_capturing(bare.spec.device):
             _logger.debug("values not checked: a graph is being captured")
         else:
-            check_values(problem, tensors)
+            check_values(bare, tensors)
         return run(tensors)
 
     return run_checked

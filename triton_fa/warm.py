@@ -41,7 +41,10 @@ def warmup(
 ) -> list[tuple[int, int]]:
     """Compile what calls of ver="triton" on a paged cache with these settings will run.
 
-    Runs small calls on tensors of its own; a later call with these settings compiles nothing.
+    Runs small calls on tensors of its own, with `cu_seqlens_q` as engines pass it. Most later
+    calls of that form compile nothing; not all, because the number of decode programs is compiled
+    in and follows from the batch (with few kv heads it takes many values), and a prefill whose
+    sequences are all as long as the bound is launched without a plan.
 
     Args:
         num_heads_q: Query heads.
@@ -57,7 +60,7 @@ def warmup(
         return_softmax_lse: As of the calls.
         max_batch: Largest batch to prepare for.
         max_seqlens_q: The `max_seqlen_q` values to prepare for, e.g. (1, 4, 2048).
-        max_seqlen_k: Longest sequence; shorter windows than this stay windows.
+        max_seqlen_k: Longest sequence; a window at least as long is no window.
         device: Default: the current CUDA device.
 
     Returns:

@@ -62,13 +62,11 @@ class TritonBackend:
         if without_work(problem):
             bare = problem.without_tensors()
             return lambda tensors: allocate(bare, tensors)
-        stand_in = _stand_in(problem)
-        if stand_in is None:
+        stand_ins = _stand_ins(problem.tensors)
+        if not stand_ins:
             return _launches(problem)
-        inner = _launches(
-            replace(problem, tensors=problem.tensors._replace(k=stand_in, v=stand_in))
-        )
-        return lambda tensors: inner(tensors._replace(k=stand_in, v=stand_in))
+        inner = _launches(replace(problem, tensors=problem.tensors._replace(**stand_ins)))
+        return lambda tensors: inner(tensors._replace(**stand_ins))
 
     def prepare_schedule(
         self, spec: AttnSpec, bounds: Bounds, lengths: Lengths
@@ -141,13 +139,19 @@ def _enqueuer(
     return enqueue
 
 
-def _stand_in(problem: Problem) -> torch.Tensor | None:
-    """One key of zeros, any place of any batch, for a call whose key tensors hold nothing."""
-    k, v = problem.tensors.k, problem.tensors.v
-    if k.numel() and v.numel():
-        return None
-    zeros = k.new_zeros(max(k.shape[-1], v.shape[-1], 1))
-    return zeros.expand(*(max(1, n) for n in k.shape[:-1]), zeros.shape[0])
+def _stand_ins(tensors: Tensors) -> dict[str, torch.Tensor]:
+    """What replaces tensors without any element, which have no address to read from.
+
+    One key of zeros, any place of any batch, for the keys and values; page 0 for a page table.
+    """
+    made: dict[str, torch.Tensor] = {}
+    k, v, table = tensors.k, tensors.v, tensors.page_table
+    if not (k.numel() and v.numel()):
+        zeros = k.new_zeros(max(k.shape[-1], v.shape[-1], 1))
+        made["k"] = made["v"] = zeros.expand(*(max(1, n) for n in k.shape[:-1]), zeros.shape[0])
+    if table is not None and not table.numel():
+        made["page_table"] = table.new_zeros(1).expand(table.shape[0], 1)
+    return made
 
 
 BACKEND = TritonBackend()
