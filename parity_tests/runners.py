@@ -15,6 +15,7 @@ import triton_fa
 from parity_tests.budgets import Limits, Measures, Result, Truth, judge
 from parity_tests.cases import Case
 from parity_tests.known_differences import BUDGET, CRASH, known
+from parity_tests.poison import poisoned_allocations
 from triton_fa import dispatch
 from triton_fa.errors import BackendUnavailableError, UnsupportedError
 
@@ -118,8 +119,8 @@ class Prepared:
 
 
 def public_call(case: Case, arguments: dict[str, Any], ver: Ver) -> Any:
-    """Call the public function as a user would, without fallback."""
-    with triton_fa.strict():
+    """Call the public function as a user would, without fallback, its own memory poisoned."""
+    with triton_fa.strict(), poisoned_allocations():
         return getattr(triton_fa, case.function)(**arguments, ver=ver)
 
 

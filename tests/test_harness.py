@@ -16,10 +16,12 @@ import torch
 from click.testing import CliRunner
 
 import reference
+import triton_fa
 from parity_tests import __main__ as command_line
 from parity_tests import device as device_module
 from parity_tests import known_differences, model_case, named, report, strategies, suite, workers
 from parity_tests.cases import Case
+from parity_tests.poison import GARBAGE
 from parity_tests.runners import (
     AGREES,
     FAILED,
@@ -661,3 +663,21 @@ def test_the_digest_follows_the_kernel_sources(tmp_path: Path, monkeypatch: Any)
     first = report.kernel_digest()
     (kernels / "a.py").write_text("x = 2\n")
     assert report.kernel_digest() != first
+
+
+def test_memory_that_a_call_allocates_is_poison(monkeypatch: Any) -> None:
+    """A result left unwritten is NaN, also where the call and not the caller allocated it."""
+    seen: list[torch.Tensor] = []
+
+    def forgetful(*, q: torch.Tensor, v_cache: torch.Tensor, **_: Any) -> Any:
+        out = torch.empty(*q.shape[:-1], v_cache.shape[-1], dtype=q.dtype)
+        seen.extend([q.new_empty(3), torch.empty(3, dtype=torch.int32)])
+        return out, torch.zeros(q.shape[1], q.shape[0])
+
+    monkeypatch.setattr(triton_fa, "flash_attn_with_kvcache", forgetful)
+    outcome = run_backend(Prepared.of(CASE, "cpu"), "triton")
+    assert outcome.verdict == FAILED
+    assert "nan" in " ".join(outcome.reasons).lower()
+    assert seen[0].isnan().all()
+    assert (seen[1] == GARBAGE).all()
+    assert getattr(torch.empty, "__module__", None) != "parity_tests.poison"  # undone
