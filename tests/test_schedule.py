@@ -126,17 +126,19 @@ def _attend(data: dict[str, torch.Tensor], rows: list[int], **options: object) -
     starts = torch.cat([torch.zeros(1), lengths_q.cumsum(0)]).int()
     q = torch.cat([data["q"][starts[r] : starts[r + 1]] for r in rows])
     prefix = torch.cat([torch.zeros(1), lengths_q[rows].cumsum(0)]).int()
+    settings: dict[str, object] = {
+        "page_table": data["table"][rows],
+        "max_seqlen_q": int(lengths_q[rows].max()),
+        "causal": True,
+        "ver": "triton",
+    }
     out = triton_fa.flash_attn_with_kvcache(
         q,
         data["k"],
         data["v"],
         cache_seqlens=data["lengths_k"][rows],
-        page_table=data["table"][rows],
         cu_seqlens_q=prefix,
-        max_seqlen_q=int(lengths_q[rows].max()),
-        causal=True,
-        ver="triton",
-        **options,
+        **settings | options,
     )
     assert isinstance(out, torch.Tensor)
     return out
@@ -167,6 +169,22 @@ def test_batch_invariant_rows_keep_their_bits(rows: list[int]) -> None:
     starts = [0, 1, 2, 5, 6, 7]
     expected = torch.cat([whole[starts[r] : starts[r + 1]] for r in rows])
     assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (40, 0)])
+def test_batch_invariant_rows_keep_their_bits_under_other_bounds(
+    window_size: tuple[int, int],
+) -> None:
+    """Neither the bound of the query lengths nor the width of the table is part of a row."""
+    data = _paged([1, 1, 3], [300, 5, 130])
+    rows = [0, 1, 2]
+    options = {"batch_invariant": True, "window_size": window_size}
+    expected = _attend(data, rows, **options)
+    assert torch.equal(_attend(data, rows, max_seqlen_q=5, **options), expected)
+    wide = torch.nn.functional.pad(data["table"], (0, 70))
+    assert torch.equal(_attend(data, rows, page_table=wide, **options), expected)
+    # Alone, with the bound at its own length: the variant for one query token.
+    assert torch.equal(_attend(data, [0], **options), expected[:1])
 
 
 def test_without_the_mode_they_do_not() -> None:
