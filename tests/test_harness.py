@@ -22,6 +22,7 @@ from parity_tests import device as device_module
 from parity_tests import known_differences, model_case, named, report, strategies, suite, workers
 from parity_tests.cases import Case
 from parity_tests.poison import GARBAGE
+from parity_tests.rejudge import judge_again
 from parity_tests.runners import (
     AGREES,
     FAILED,
@@ -681,3 +682,45 @@ def test_memory_that_a_call_allocates_is_poison(monkeypatch: Any) -> None:
     assert seen[0].isnan().all()
     assert (seen[1] == GARBAGE).all()
     assert getattr(torch.empty, "__module__", None) != "parity_tests.poison"  # undone
+
+
+def _recorded(ver: str, **fields: Any) -> dict[str, Any]:
+    """A report of one failed outcome."""
+    row = {
+        "case": "a case",
+        "ver": ver,
+        "verdict": FAILED,
+        "failure": True,
+        "reasons": ["rejected"],
+        "differences": [],
+        "measures": {"max_error": None},
+        "fields": json.loads(json.dumps(dataclasses.asdict(CASE.with_changes(**fields)))),
+    }
+    environment = {"gpu": "NVIDIA H200"}
+    return {"environment": environment, "outcomes": [row], "passed": False, "tally": {}}
+
+
+def test_a_recorded_failure_is_judged_by_todays_known_differences() -> None:
+    data = _recorded("4", head_dim=96, head_dim_v=192)
+    assert judge_again(data) == 1
+    assert data["passed"]
+    assert data["tally"] == {"4": {KNOWN: 1}}
+    assert data["outcomes"][0]["differences"] == ["fa4-values-wider-than-keys"]
+    assert "rejected" in data["outcomes"][0]["reasons"]  # what happened stays
+    assert "failed when run" in data["environment"]["judged again"]
+
+
+@pytest.mark.parametrize(
+    ("ver", "fields", "gpu"),
+    [
+        ("4", {"head_dim": 96, "head_dim_v": 96}, "NVIDIA H200"),
+        ("4", {"head_dim": 96, "head_dim_v": 192}, "NVIDIA B200"),
+        ("triton", {"head_dim": 96, "head_dim_v": 192}, "NVIDIA H200"),
+    ],
+)
+def test_other_recorded_failures_stay_failures(ver: str, fields: dict[str, int], gpu: str) -> None:
+    data = _recorded(ver, **fields)
+    data["environment"]["gpu"] = gpu
+    before = json.loads(json.dumps(data))
+    assert judge_again(data) == 0
+    assert data == before
