@@ -16,6 +16,7 @@ import torch
 
 import triton_fa
 from bench import environment, report, workloads
+from bench.compile_ahead import compile_ahead, compile_rows
 from bench.inputs import make_inputs
 from bench.measure import Measurement, as_json, measure, on
 from bench.timing import BURST_SECONDS, CHAIN, FLUSH_BYTES, Flusher, host_microseconds
@@ -30,7 +31,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--rows", default="", help="regex searched in row and family names")
-    parser.add_argument("--backend", default="triton,3,4", help=f"of {','.join(VARIANTS)}")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        help=f"of {','.join(VARIANTS)}, a list or several times  [triton,3,4]",
+    )
     parser.add_argument("--repeat", type=int, default=5, help="interleaved bursts per row")
     parser.add_argument("--set", choices=("core", "grid"), default="core", dest="row_set")
     parser.add_argument("--fp32", action="store_true", help="judge by fp32 attention, not by FA3")
@@ -40,12 +45,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--commit", default="", help="recorded where git cannot tell")
     parser.add_argument("--output", type=Path, help="write the result file here")
     parser.add_argument("--list", action="store_true", help="print row names and stop")
+    parser.add_argument(
+        "--compile-processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compile the Triton variants in N processes before timing",
+    )
+    parser.add_argument(
+        "--compile-only", action="store_true", help="compile the Triton variants and stop"
+    )
     options = parser.parse_args(arguments)
-    options.labels = [label for label in options.backend.split(",") if label]
+    chosen = ",".join(options.backend or ["triton,3,4"])
+    options.labels = [label for label in dict.fromkeys(chosen.split(",")) if label]
     if unknown := [label for label in options.labels if label not in VARIANTS]:
         parser.error(f"--backend: expected some of {','.join(VARIANTS)}, got {unknown}")
     if options.repeat < 1:
         parser.error(f"--repeat: expected at least 1, got {options.repeat}")
+    if options.compile_processes < 0:
+        parser.error(f"--compile-processes: expected 0 or more, got {options.compile_processes}")
     return options
 
 
@@ -110,6 +128,13 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("no CUDA device: nothing was measured", file=sys.stderr)
         return 3
+    if options.compile_only:
+        compile_rows(rows, options.labels)
+        return 0
+    if options.compile_processes:
+        compile_ahead(
+            options.kind, options.row_set, rows, options.labels, options.compile_processes
+        )
     where = environment.describe(options.commit)
     for name in ("gpu", "torch", "triton", "commit", "command"):
         print(f"{name}: {where[name]}")

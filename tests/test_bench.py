@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import triton_fa
 from bench import counters, judge, report, workloads
 from bench.__main__ import main, parse
+from bench.compile_ahead import commands
 from bench.environment import kernel_digest
 from bench.inputs import Inputs, make_inputs
 from bench.measure import Measurement, Outcome, as_json, measure
@@ -383,3 +384,26 @@ def test_mutating_a_prefill_helper_would_show() -> None:
     assert row.layout == "packed"
     assert find("2x8192.32/8x128.p16").layout == "paged"
     assert find("2x8192.24/24x128.full.dense").layout == "dense"
+
+
+def test_backends_may_be_a_list_or_given_several_times() -> None:
+    assert parse(["decode", "--backend", "triton,3"]).labels == ["triton", "3"]
+    assert parse(["decode", "--backend", "triton", "--backend", "3"]).labels == ["triton", "3"]
+    assert parse(["decode"]).labels == ["triton", "3", "4"]
+
+
+@pytest.mark.parametrize("processes", [1, 3, 100])
+def test_compiling_ahead_covers_every_row_once(processes: int) -> None:
+    rows = workloads.select("decode", "", False)
+    found: list[str] = []
+    for command in commands("decode", "core", rows, ["triton", "3"], processes):
+        options = parse(command[3:])
+        assert options.compile_only
+        assert options.labels == ["triton"]
+        found += [row.name for row in workloads.select("decode", options.rows, False)]
+    assert sorted(found) == sorted(row.name for row in rows)
+
+
+def test_nothing_is_compiled_ahead_of_peers_alone() -> None:
+    rows = workloads.select("decode", "", False)
+    assert commands("decode", "core", rows, ["3", "4"], 4) == []
