@@ -53,18 +53,11 @@ def without_work(problem: Problem) -> bool:
 
 
 def fixed_lengths(problem: Problem) -> Callable[[], torch.Tensor]:
-    """A (batch,) int32 tensor of the key length that the host knows, for binaries without an int.
+    """Makes a (batch,) int32 tensor of the key length that the host knows.
 
-    Made once, except while a graph is captured: what is made then holds its value only after a
-    replay, so it is made again on each call.
+    For binaries that take no int. Made on each call: a kept one would be filled on the stream, or
+    in the graph, of the first call only.
     """
     device, bounds = problem.spec.device, problem.bounds
-
-    def make() -> torch.Tensor:
-        length = bounds.fixed_seqlen_k or 0
-        return torch.full((bounds.batch,), length, dtype=torch.int32, device=device)
-
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return make
-    made = make()
-    return lambda: made
+    length = bounds.fixed_seqlen_k or 0
+    return lambda: torch.full((bounds.batch,), length, dtype=torch.int32, device=device)
