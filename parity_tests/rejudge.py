@@ -2,8 +2,9 @@
 
 A difference of a binary is often understood only after the run that found it, and the GPU is gone
 by then. This looks the recorded failures up in `known_differences.py` again, for the chip that the
-report names, and writes the report anew. It never touches what was measured, and it never excuses
-a failure of the project's own backends. The report says when and how often it was judged again.
+report names, and writes a second report beside the first, `NAME.judged-again.json` and `.html`. The
+recorded run stays as it is, and a failure of the project's own backends is never excused. The
+verdict of the second report says that nothing was run for it. It does not replace a new run.
 """
 
 import datetime
@@ -29,11 +30,12 @@ HOPPER = re.compile(r"\b(H100|H200|H20|H800|GH200)\b")
 @click.command()
 @click.argument("report", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def main(report: Path) -> None:
-    """Judge REPORT (a parity.json) again and rewrite it and the HTML page beside it."""
+    """Judge REPORT (a parity.json) again, into a second report beside it."""
     data = json.loads(report.read_text(encoding="utf-8"))
     changed = judge_again(data)
-    report.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    report.with_suffix(".html").write_text(render(data), encoding="utf-8")
+    second = report.with_suffix(".judged-again.json")
+    second.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    second.with_suffix(".html").write_text(render(data), encoding="utf-8")
     click.echo(f"{changed} failures are known differences by now; {data['verdict']}")
     sys.exit(0 if data["passed"] else 1)
 
@@ -59,7 +61,8 @@ def judge_again(data: dict[str, Any]) -> int:
     data["verdict"] = (
         f"FAILED: {failures} of {len(rows)} outcomes"
         if failures
-        else f"passed: {compared} comparisons within budget"
+        else f"judged again, not run again: {compared} comparisons within budget, "
+        f"{len(changed)} that failed when run are known differences by now"
     )
     when = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     found = ", ".join(f"{count} x {name}" for name, count in Counter(changed).items())

@@ -19,7 +19,16 @@ import reference
 import triton_fa
 from parity_tests import __main__ as command_line
 from parity_tests import device as device_module
-from parity_tests import known_differences, model_case, named, report, strategies, suite, workers
+from parity_tests import (
+    known_differences,
+    model_case,
+    named,
+    rejudge,
+    report,
+    strategies,
+    suite,
+    workers,
+)
 from parity_tests.cases import Case
 from parity_tests.poison import GARBAGE
 from parity_tests.rejudge import judge_again
@@ -38,6 +47,7 @@ from triton_fa import dispatch
 from triton_fa.errors import BackendUnavailableError, UnsupportedError
 
 CPU = device_module.Device("cpu", interpreted=True)
+ROOT = Path(__file__).parent.parent
 CASE = Case(
     q_layout="packed",
     seqlens_q=(1, 4, 0, 9),
@@ -708,6 +718,16 @@ def test_a_recorded_failure_is_judged_by_todays_known_differences() -> None:
     assert data["outcomes"][0]["differences"] == ["fa4-values-wider-than-keys"]
     assert "rejected" in data["outcomes"][0]["reasons"]  # what happened stays
     assert "failed when run" in data["environment"]["judged again"]
+
+
+def test_judging_again_leaves_the_recorded_run_as_it_is(tmp_path: Path) -> None:
+    recorded = ROOT / "parity_tests" / "results" / "2026-11-20-h200.json"
+    copy = tmp_path / "run.json"
+    copy.write_bytes(recorded.read_bytes())
+    result = CliRunner().invoke(rejudge.main, [str(copy)])
+    assert result.exit_code == 0, result.output
+    assert copy.read_bytes() == recorded.read_bytes()
+    assert "judged again, not run again" in (tmp_path / "run.judged-again.html").read_text()
 
 
 @pytest.mark.parametrize(
