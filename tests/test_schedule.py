@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import triton_fa
 from triton_fa.errors import ArgumentError, ArgumentValueError, UnsupportedError
+from triton_fa.kernels import plans
 
 BLOCK_N = 32  # of the interpreter's decode tile
 BLOCK_M = 32  # and of its prefill tile
@@ -153,10 +156,23 @@ def test_splitting_changes_nothing_but_rounding(num_splits: int) -> None:
     )
 
 
-def test_unsplit_rows_leave_no_workspace_behind() -> None:
-    """num_splits=1 writes every sequence directly: with any more pieces the bits differ."""
-    data = _paged([1], [2300])
-    assert not torch.equal(_attend(data, [0], num_splits=1), _attend(data, [0], num_splits=4))
+def test_unsplit_rows_need_no_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """num_splits=1 writes every sequence directly, without partial results and their merge."""
+    planned: list[plans.Plan] = []
+    real = plans.plan
+
+    def spied(*given: Any) -> plans.Plan:
+        planned.append(real(*given))
+        return planned[-1]
+
+    monkeypatch.setattr(plans, "plan", spied)
+    data = _paged([1], [300])
+    _attend(data, [0], num_splits=1)
+    _attend(data, [0], num_splits=4)
+    unsplit, split = planned
+    assert (len(unsplit.launches), unsplit.partial_floats) == (1, 0)
+    assert len(split.launches) == 2
+    assert split.partial_floats > 0
 
 
 INVARIANT = _paged([1, 1, 3, 1, 1], [700, 5, 130, 1, 2300])
@@ -185,6 +201,30 @@ def test_batch_invariant_rows_keep_their_bits_under_other_bounds(
     assert torch.equal(_attend(data, rows, page_table=wide, **options), expected)
     # Alone, with the bound at its own length: the variant for one query token.
     assert torch.equal(_attend(data, [0], **options), expected[:1])
+
+
+@pytest.mark.parametrize("entry", ["kvcache", "varlen", "dense"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_every_function_passes_the_mode_on(
+    entry: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    real = plans.plan
+
+    def spied(problem: Any, device: Any) -> plans.Plan:
+        seen.append(problem.spec.batch_invariant)
+        return real(problem, device)
+
+    monkeypatch.setattr(plans, "plan", spied)
+    q, k, v = torch.zeros(3, 1, 4, 2, 16)
+    settings: dict[str, Any] = {"batch_invariant": wanted, "ver": "triton"}
+    if entry == "kvcache":
+        triton_fa.flash_attn_with_kvcache(q, k, v, **settings)
+    elif entry == "varlen":
+        triton_fa.flash_attn_varlen_func(q, k, v, None, None, **settings)
+    else:
+        triton_fa.flash_attn_func(q, k, v, **settings)
+    assert seen == [wanted]
 
 
 def test_without_the_mode_they_do_not() -> None:
