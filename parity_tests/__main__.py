@@ -26,6 +26,21 @@ GENERATED_ON_GPU, GENERATED_INTERPRETED = 200, 24
 COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"}
 
 
+class Shard(click.ParamType):
+    """``i/n`` with 1 <= i <= n."""
+
+    name = "i/n"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """(i, n) of what was typed."""
+        first, _, last = str(value).partition("/")
+        if first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+            return int(first), int(last)
+        self.fail(f"expected i/n with 1 <= i <= n, got {value!r}", param, ctx)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--cases",
@@ -72,6 +87,13 @@ COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"
     default=5,
     show_default=True,
     help="How many of those FA4 compiles (2 to 5 seconds each).",
+)
+@click.option(
+    "--shard",
+    type=Shard(),
+    default="1/1",
+    show_default=True,
+    help="The i-th of n equal shares of the cases, as i/n.",
 )
 @click.option("--repro", is_flag=True, help="Print code that runs each failed case again.")
 @click.option("--worker", type=click.Path(path_type=Path), hidden=True)

@@ -84,6 +84,8 @@ def limits(run: Run) -> list[str]:
         said.append("No GPU: scaled-down cases in Triton's interpreter; FA3 and FA4 cannot run.")
     if options.pattern:
         said.append(f"Only cases that contain {options.pattern!r}.")
+    if options.shard != (1, 1):
+        said.append("Share {} of {} of the cases.".format(*options.shard))
     if options.named_only:
         said.append("Named cases only, none generated.")
     else:

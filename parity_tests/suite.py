@@ -36,6 +36,7 @@ class Options:
     seed: int = 0
     named_only: bool = False
     pattern: str = ""  # only cases whose label contains this
+    shard: tuple[int, int] = (1, 1)  # the i-th of n shares
     variants: int = 20  # distinct specs among the generated cases: each is some compilations
     fa4_variants: int = 5  # of those, how many FA4 compiles: 2 to 5 seconds each
     require_peers: bool = False
@@ -48,7 +49,9 @@ def plan(options: Options) -> list[Case]:
     if not options.named_only and options.generated > 0:
         scale = strategies.SMALL if interpreted else strategies.FULL
         cases += strategies.generate(options.generated, options.seed, scale, options.variants)
-    return [case for case in cases if options.pattern.lower() in case.label.lower()]
+    chosen = [case for case in cases if options.pattern.lower() in case.label.lower()]
+    index, count = options.shard
+    return chosen[index - 1 :: count]
 
 
 @dataclass

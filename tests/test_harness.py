@@ -543,6 +543,22 @@ def test_generated_cases_are_distinct_and_follow_the_seed() -> None:
     assert max(case.work for case in first) <= strategies.FULL.work
 
 
+def test_shards_are_disjoint_and_together_everything() -> None:
+    def plan(*shard: int) -> list[Case]:
+        return suite.plan(suite.Options(CPU, generated=10, shard=shard))
+
+    shares = [plan(i, 3) for i in (1, 2, 3)]
+    assert sorted(map(repr, sum(shares, []))) == sorted(map(repr, plan(1, 1)))
+    assert all(shares)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2"])
+def test_a_shard_that_does_not_exist_is_refused(text: str) -> None:
+    result = CliRunner().invoke(command_line.main, ["--shard", text])
+    assert result.exit_code == 2
+    assert "1 <= i <= n" in result.output
+
+
 def test_every_small_case_is_small_and_every_generated_one_has_an_exact_result() -> None:
     assert max(case.work for case in named.small()) < 2**17
     for case in strategies.generate(24, 0, strategies.SMALL, 24):

@@ -89,7 +89,9 @@ def range_kernel(
 ):
     """The range of one program, and the owner of each position of the line it is part of."""
     pid = tl.program_id(0)
-    lane, index, first, share, extra = program_range(pid, total_tiles, NUM_HEADS_KV, PROGRAMS)
+    lane, index, first, share, extra = program_range(
+        pid, PROGRAMS, total_tiles, NUM_HEADS_KV, PROGRAMS % NUM_HEADS_KV == 0
+    )
     tl.store(into_ptr + pid * 5, lane)
     tl.store(into_ptr + pid * 5 + 1, index)
     tl.store(into_ptr + pid * 5 + 2, first)

@@ -41,10 +41,8 @@ def warmup(
 ) -> list[tuple[int, int]]:
     """Compile what calls of ver="triton" on a paged cache with these settings will run.
 
-    Runs small calls on tensors of its own, with `cu_seqlens_q` as engines pass it. Most later
-    calls of that form compile nothing; not all, because the number of decode programs is compiled
-    in and follows from the batch (with few kv heads it takes many values), and a prefill whose
-    sequences are all as long as the bound is launched without a plan.
+    Runs small calls on tensors of its own, with `cu_seqlens_q` as engines pass it. Later calls of
+    that form compile nothing.
 
     Args:
         num_heads_q: Query heads.

@@ -40,13 +40,14 @@ def combine_kernel(
     fixed_seqlen_q,
     fixed_seqlen_k,
     max_seqlen_k,
+    programs,
     num_slots,
     smallest_chunk,
     most_pieces,
     window_left,
     window_right,
-    PROGRAMS: tl.constexpr,
     NUM_HEADS_KV: tl.constexpr,
+    HEADS_DIVIDE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     V: tl.constexpr,
@@ -98,11 +99,13 @@ def combine_kernel(
         )
         first_slot = head * total_units + before
     else:
-        head, index, first, share, extra = program_range(pid, total_units, NUM_HEADS_KV, PROGRAMS)
+        head, index, first, share, extra = program_range(
+            pid, programs, total_units, NUM_HEADS_KV, HEADS_DIVIDE
+        )
         final = first + share + (index < extra).to(tl.int32) - 1
-        if PROGRAMS % NUM_HEADS_KV == 0:
+        if HEADS_DIVIDE:
             line_start = 0
-            slot_start = head * (PROGRAMS // NUM_HEADS_KV)
+            slot_start = head * (programs // NUM_HEADS_KV)
         else:
             head = final // total_units
             line_start = head * total_units

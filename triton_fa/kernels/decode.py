@@ -88,6 +88,7 @@ def decode_kernel(
     fixed_seqlen_k,
     max_seqlen_k,
     num_pages,
+    programs,
     num_slots,
     smallest_chunk,
     most_pieces,
@@ -95,8 +96,8 @@ def decode_kernel(
     window_right,
     scale_log2,
     softcap_log2,
-    PROGRAMS: tl.constexpr,
     NUM_HEADS_KV: tl.constexpr,
+    HEADS_DIVIDE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -153,13 +154,15 @@ def decode_kernel(
     total_units, units, _ = total_and_units(
         batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
-    head, index, position, share, extra = program_range(pid, total_units, NUM_HEADS_KV, PROGRAMS)
+    head, index, position, share, extra = program_range(
+        pid, programs, total_units, NUM_HEADS_KV, HEADS_DIVIDE
+    )
     count = share + (index < extra).to(tl.int32)
     if CHUNKED:
         # The launcher sees to it that the heads divide the programs.
         slot = head * total_units + position
-    elif PROGRAMS % NUM_HEADS_KV == 0:
-        slot = 2 * (head * (PROGRAMS // NUM_HEADS_KV) + index)
+    elif HEADS_DIVIDE:
+        slot = 2 * (head * (programs // NUM_HEADS_KV) + index)
     else:
         slot = 2 * index
         head = position // total_units
@@ -196,7 +199,7 @@ def decode_kernel(
             dims1 = D0 + tl.arange(0, D1)
         if V1 > 0:
             vdims1 = V0 + tl.arange(0, V1)
-        q_rows = token.to(tl.int64) * q_stride_t + (rows % GROUP) * q_stride_h
+        q_rows = token.to(tl.int64) * q_stride_t + (rows % GROUP).to(tl.int64) * q_stride_h
 
         tile = position - before
         if CHUNKED:

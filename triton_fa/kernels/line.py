@@ -56,25 +56,25 @@ def line_units(tiles, chunking):
 
 
 @triton.jit
-def program_range(pid, total_units, NUM_HEADS_KV: tl.constexpr, PROGRAMS: tl.constexpr):
+def program_range(
+    pid, programs, total_units, NUM_HEADS_KV: tl.constexpr, HEADS_DIVIDE: tl.constexpr
+):
     """(kv head lane, index, first position, share, extra) of program `pid`'s range of the line.
 
-    Ranges follow each other by index; the first `extra` of them have share + 1 tiles. Neighbouring
-    programs work on different heads of the same tokens: their reads share pages.
+    Ranges follow each other by index; the first `extra` of them have share + 1 units. Where the
+    heads divide the programs each head has a line and indices of its own, else the line is
+    repeated for every head. Neighbouring programs work on different heads of the same tokens:
+    their reads share pages.
     """
     lane = pid % NUM_HEADS_KV
-    if PROGRAMS % NUM_HEADS_KV == 0:
+    parts = programs // NUM_HEADS_KV
+    if HEADS_DIVIDE:
         index = pid // NUM_HEADS_KV
         line = total_units
-        parts = PROGRAMS // NUM_HEADS_KV
     else:
-        index = (
-            lane * (PROGRAMS // NUM_HEADS_KV)
-            + tl.minimum(lane, PROGRAMS % NUM_HEADS_KV)
-            + pid // NUM_HEADS_KV
-        )
+        index = lane * parts + tl.minimum(lane, programs % NUM_HEADS_KV) + pid // NUM_HEADS_KV
         line = total_units * NUM_HEADS_KV
-        parts = PROGRAMS
+        parts = programs
     share = line // parts
     extra = line - share * parts
     first = index * share + tl.minimum(index, extra)

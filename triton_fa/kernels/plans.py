@@ -306,7 +306,8 @@ def _decode(
     # Programmatic dependent launch: the merge starts while the attention kernel still runs.
     pdl = device.kind == "cuda" and device.arch >= (9, 0)
     shared = {
-        "PROGRAMS": programs,
+        "programs": programs,
+        "HEADS_DIVIDE": programs % spec.num_heads_kv == 0,
         "MAX_ROWS": rows,
         "ROWS": rows,
         "BLOCK_N": tile.block_n,
@@ -379,11 +380,10 @@ def _merge_shape(pieces: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]
 
     About 4096 accumulators a warp; one warp needs no reductions across warps.
     """
-    pieces = next_power_of_2(pieces)
-    warps = 1
-    block_p = max(8 if rows > 16 else 16, min(32, pieces))
-    if pieces > 64:
-        block_p, warps = 64, 2
+    # Few sizes, so that few variants are compiled.
+    block_p, warps = (16, 1) if pieces <= 16 else (32, 1) if pieces <= 64 else (64, 2)
+    if rows > 16 and pieces <= 8:
+        block_p = 8
     width = next_power_of_2(sum(decode_panels(spec.head_dim_v, rows)))
     return block_p, max(1, min(rows, 4096 * warps // (block_p * width))), warps
 
@@ -421,7 +421,7 @@ def _prefill(
             segment=metadata_entries(bounds.batch) // 4,
             num_row_tiles=row_tiles,
             DECODE_ROWS=rows_of_decode,
-            BLOCK_B=_block_b(bounds.batch),
+            BLOCK_B=_block_b(bounds.batch) if launches else 32,
             BLOCK_M=tile.block_m,
             HALVES=tile.halves,
             BLOCK_N=tile.block_n,

@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 
 VARYING = (
+    "lse_stride_b",
+    "lse_stride_t",
+    "lse_stride_h",
     "table_stride",
     "batch",
     "segment",
@@ -23,6 +26,7 @@ VARYING = (
     "max_seqlen_k",
     "num_pages",
     "num_row_tiles",
+    "programs",
     "num_slots",
     "smallest_chunk",
     "most_pieces",

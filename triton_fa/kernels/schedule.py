@@ -6,7 +6,7 @@ int32, `4 * br + 1` entries with br = batch rounded up to a multiple of 4; per s
     [2 br, 3 br)   the sequences in prefill order, longest first
     [3 br, 4 br)   inclusive prefix sum of query row tiles in that order
     [4 br]         a tag of layout, tile sizes and window
-It is advice: a kernel that reads it checks it against the lengths.
+Nothing in it is trusted: the attention kernels find what they need from the lengths.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def schedule_kernel(
         order = idx
         if ORDERED:
             # Longest first; equal lengths in batch order. Absent sequences go last.
-            work = tl.where(mask, tl.minimum(row_tiles * (visible // BLOCK_N + 1), 0xFFFFF), -1)
+            work = row_tiles.to(tl.int64) * (visible // BLOCK_N + 1)
+            work = tl.where(mask, tl.minimum(work, 0xFFFFF), -1).to(tl.int32)
             keys = tl.sort(work * BLOCK_B + (BLOCK_B - 1 - idx), descending=True)
             order = BLOCK_B - 1 - (keys & (BLOCK_B - 1))
             in_order = tl.minimum(order, batch - 1)
