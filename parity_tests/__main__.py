@@ -36,9 +36,9 @@ class Shard(click.ParamType):
     ) -> tuple[int, int]:
         """(i, n) of what was typed."""
         first, _, last = str(value).partition("/")
-        if first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
-            return int(first), int(last)
-        self.fail(f"expected i/n with 1 <= i <= n, got {value!r}", param, ctx)
+        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+            self.fail(f"expected i/n with 1 <= i <= n, got {value!r}", param, ctx)
+        return int(first), int(last)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
