@@ -267,6 +267,34 @@ def test_what_triton_cannot_do_either_raises_both_reasons(
     assert str(BROKEN["sgl_kernel"]) in caught.value.reasons[0]
 
 
+def appending(device: str) -> dict[str, Any]:
+    angles = torch.linspace(0, 1, 64, device=device).view(8, 8)
+    new = torch.linspace(-1, 1, 64, device=device).view(1, 2, 2, 16)
+    rotary = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}
+    rows = {
+        name: torch.tensor([value], dtype=torch.int32, device=device)
+        for name, value in (("cache_batch_idx", 0), ("cache_leftpad", 1))
+    }
+    return paged(device, k=new[:, :, :1], v=new[:, :, 1:], attention_chunk=3, **rotary, **rows)
+
+
+@pytest.mark.parametrize("ver", [3, 4])
+def test_a_call_that_appends_falls_back_like_any_other(
+    on_hopper: pytest.MonkeyPatch, ver: int, device: str
+) -> None:
+    breaks(on_hopper, BROKEN)
+    given = appending(device)
+    with pytest.warns(triton_fa.FallbackWarning):
+        out = triton_fa.flash_attn_with_kvcache(**given, ver=ver)
+    want = appending(device)
+    torch.testing.assert_close(
+        out, triton_fa.flash_attn_with_kvcache(**want, ver="torch"), atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(given["k_cache"], want["k_cache"])
+    assert torch.equal(given["v_cache"], want["v_cache"])
+    assert not torch.equal(given["k_cache"], paged(device)["k_cache"])
+
+
 def test_bad_input_is_an_error_and_no_reason_to_fall_back(on_hopper: pytest.MonkeyPatch) -> None:
     breaks(on_hopper, BROKEN)
     with warnings.catch_warnings():

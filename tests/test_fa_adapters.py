@@ -61,14 +61,22 @@ def sgl(fake: Fake) -> types.ModuleType:
         v_cache,
         k=None,
         v=None,
+        rotary_cos=None,
+        rotary_sin=None,
         cache_seqlens=None,
+        cache_batch_idx=None,
+        cache_leftpad=None,
         page_table=None,
         cu_seqlens_q=None,
+        cu_seqlens_k_new=None,
         max_seqlen_q=None,
+        rotary_seqlens=None,
         softmax_scale=None,
         causal=False,
         window_size=(-1, -1),
+        attention_chunk=None,
         softcap=0.0,
+        rotary_interleaved=True,
         scheduler_metadata=None,
         num_splits=0,
         pack_gqa=None,
@@ -93,6 +101,7 @@ def sgl(fake: Fake) -> types.ModuleType:
         softmax_scale=None,
         causal=False,
         window_size=(-1, -1),
+        attention_chunk=0,
         softcap=0.0,
         num_splits=1,
         pack_gqa=None,
@@ -114,13 +123,19 @@ def sgl(fake: Fake) -> types.ModuleType:
 
 
 def upstream(fake: Fake) -> types.ModuleType:
-    """flash_attn_interface: no sinks, no out, and another name for the lse flag of one."""
+    """flash_attn_interface: no sinks, no out, and another name for the lse flag of one.
+
+    As an older one it has no chunks, new keys without a prefix, and another name for left padding.
+    """
 
     def flash_attn_with_kvcache(
         q,
         k_cache,
         v_cache,
+        k=None,
+        v=None,
         cache_seqlens=None,
+        leftpad_k=None,
         page_table=None,
         cu_seqlens_q=None,
         max_seqlen_q=None,
@@ -298,6 +313,18 @@ def paged(**changes: Any) -> dict[str, Any]:
     return given | changes
 
 
+def appending(**changes: Any) -> dict[str, Any]:
+    """One new key for each sequence of `paged`, rotated."""
+    given = {
+        "k": half(2, 1, 2, 16),
+        "v": half(2, 1, 2, 16),
+        "rotary_cos": half(12, 8),
+        "rotary_sin": half(12, 8),
+        "rotary_seqlens": ints(0, 1),
+    }
+    return paged(**given | changes)
+
+
 def packed(**changes: Any) -> dict[str, Any]:
     given = {
         "q": half(5, 4, 16),
@@ -466,6 +493,78 @@ def test_fa3_out_is_filled_by_the_binary(fake: Fake) -> None:
     assert (out == 3.0).all()
 
 
+CACHE_ARGUMENTS = (
+    "k",
+    "v",
+    "rotary_cos",
+    "rotary_sin",
+    "rotary_seqlens",
+    "cu_seqlens_k_new",
+    "cache_batch_idx",
+    "cache_leftpad",
+)
+
+
+def test_fa3_gets_new_keys_rotation_rows_and_padding(fake: Fake) -> None:
+    given = appending(
+        k=half(3, 2, 16),
+        v=half(3, 2, 16),
+        cu_seqlens_k_new=ints(0, 1, 3),
+        cache_batch_idx=ints(1, 0),
+        cache_leftpad=ints(0, 1),
+    )
+    for interleaved in (True, False):
+        KVCACHE(**given, rotary_interleaved=interleaved, ver=3)
+        for name in CACHE_ARGUMENTS:
+            assert fake.last[name] is given[name]
+        assert fake.last["rotary_interleaved"] is interleaved
+    KVCACHE(**paged(rotary_interleaved=False, cu_seqlens_k_new=ints(0, 1, 3)), ver=3)
+    assert [fake.last[name] for name in CACHE_ARGUMENTS] == [None] * len(CACHE_ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"cache_batch_idx": ints(1, 0)},
+        {"cache_leftpad": ints(0, 1)},
+        {"k": half(2, 1, 2, 16), "v": half(2, 1, 2, 16)},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_fa3_gets_one_of_them_alone(fake: Fake, extra: dict[str, Any]) -> None:
+    KVCACHE(**paged(**extra), ver=3)
+    given = {name for name in CACHE_ARGUMENTS if fake.last[name] is not None}
+    assert given == extra.keys()
+
+
+def test_fa3_that_appends_always_gets_lengths(fake: Fake) -> None:
+    # An int that names the whole of a dense cache, and a prefix that may hold no new key at all.
+    dense_cache = {"page_table": None, "k_cache": half(2, 8, 2, 16), "v_cache": half(2, 8, 2, 16)}
+    new = {"k": half(3, 2, 16), "v": half(3, 2, 16), "cu_seqlens_k_new": ints(0, 0, 0)}
+    KVCACHE(**paged(**dense_cache, **new, cache_seqlens=8), ver=3)
+    assert fake.last["cache_seqlens"].tolist() == [8, 8]
+
+
+@pytest.mark.parametrize(("function", "make"), [(KVCACHE, paged), (VARLEN, packed), (DENSE, dense)])
+def test_fa3_gets_a_chunk_as_an_int(
+    fake: Fake, function: Callable[..., Any], make: Callable[..., Any]
+) -> None:
+    function(**make(attention_chunk=3), ver=3)
+    assert fake.last["attention_chunk"] == 3
+    for off in (0, None):
+        function(**make(attention_chunk=off), ver=3)
+        assert not fake.last["attention_chunk"]
+
+
+def test_fa3_without_anything_to_do_it_with_is_not_asked_to_append_or_rotate(fake: Fake) -> None:
+    with pytest.raises(UnsupportedError, match="k: nothing is appended where q has no token"):
+        KVCACHE(**appending(q=half(2, 0, 4, 16)), ver=3)
+    new = {"k": half(2, 0, 2, 16), "v": half(2, 0, 2, 16)}
+    with pytest.raises(UnsupportedError, match="rotary_cos: nothing is rotated where k has no"):
+        KVCACHE(**appending(**new), ver=3)
+    assert not fake.calls
+
+
 @pytest.mark.parametrize(("function", "make"), [(KVCACHE, paged), (VARLEN, packed), (DENSE, dense)])
 def test_fa3_gives_its_four_results(
     fake: Fake, function: Callable[..., Any], make: Callable[..., Any]
@@ -513,6 +612,42 @@ def test_upstream_has_no_out_so_it_is_copied_to(
 def test_upstream_has_no_sinks(fake_upstream: Fake) -> None:
     with pytest.raises(UnsupportedError, match="sinks: flash_attn_interface does not take them"):
         KVCACHE(**paged(sinks=torch.zeros(4, dtype=torch.bfloat16)), ver=3)
+
+
+def test_a_provider_may_spell_left_padding_its_own_way(fake_upstream: Fake) -> None:
+    leftpad = ints(0, 1)
+    KVCACHE(**paged(cache_leftpad=leftpad), ver=3)
+    assert fake_upstream.last["leftpad_k"] is leftpad
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "names"),
+    [
+        (
+            KVCACHE,
+            appending(),
+            [
+                "cu_seqlens_k_new",
+                "rotary_cos",
+                "rotary_sin",
+                "rotary_interleaved",
+                "rotary_seqlens",
+            ],
+        ),
+        (KVCACHE, paged(cache_batch_idx=ints(1, 0)), ["cache_batch_idx"]),
+        (KVCACHE, paged(attention_chunk=4), ["attention_chunk"]),
+        (VARLEN, packed(attention_chunk=4), ["attention_chunk"]),
+    ],
+    ids=["append", "rows", "chunk", "varlen-chunk"],
+)
+def test_what_a_provider_does_not_take_is_refused_by_name(
+    fake_upstream: Fake, function: Callable[..., Any], given: dict[str, Any], names: list[str]
+) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        function(**given, ver=3)
+    want = [f"{name}: flash_attn_interface does not take it" for name in names]
+    assert list(caught.value.reasons) == want
+    assert not fake_upstream.calls
 
 
 # ---------------------------------------------------------------- FA3: reasons
@@ -743,6 +878,47 @@ def test_every_argument_of_metadata_reaches_fa3(hopper: pytest.MonkeyPatch) -> N
             assert given[-1][name] == value
 
 
+def test_the_lengths_of_an_append_reach_fa3_as_tensors_of_each_call(
+    hopper: pytest.MonkeyPatch,
+) -> None:
+    given: list[dict[str, Any]] = []
+    hopper.setattr(fa3, "scheduler_metadata", lambda given_: given.append(given_) or ints(0))
+    provide(hopper, {"sgl_kernel.flash_attn": sgl(Fake())})
+    for _ in range(2):
+        lengths = {"cu_seqlens_k_new": ints(0, 1, 3), "cache_leftpad": ints(0, 1)}
+        triton_fa.get_scheduler_metadata(
+            2, 1, 64, 4, 2, 16, ints(3, 8), max_seqlen_k_new=2, **lengths, ver=3
+        )
+        assert all(given[-1][name] is tensor for name, tensor in lengths.items())
+    triton_fa.get_scheduler_metadata(2, 1, 64, 4, 2, 16, ints(3, 8), max_seqlen_k_new=2, ver=3)
+    assert (given[-1]["cu_seqlens_k_new"], given[-1]["cache_leftpad"]) == (None, None)
+
+
+def test_a_planner_passes_on_what_it_is_given(hopper: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+    hopper.setattr(fa3, "scheduler_metadata", lambda given_: given.append(given_) or ints(0))
+    provide(hopper, {"sgl_kernel.flash_attn": sgl(Fake())})
+
+    def plan(**model: Any) -> triton_fa.StepPlanner:
+        return triton_fa.StepPlanner(4, 4, 2, 16, ver=3, device="cpu", **model)
+
+    lengths = {"cu_seqlens_k_new": ints(0, 1, 3), "cache_leftpad": ints(0, 1)}
+    schedules = plan(window_size=(5, 0), attention_chunk=7).plan(
+        ints(3, 8), max_seqlen_k=64, max_seqlen_k_new=2, **lengths
+    )
+    assert schedules.sliding is not None
+    for call, window, chunk in zip(given, ((-1, -1), (5, -1)), (0, 7), strict=True):
+        assert call["max_seqlen_k_new"] == 2
+        assert all(call[name] is tensor for name, tensor in lengths.items())
+        assert (call["window_size"], call["attention_chunk"]) == (window, chunk)
+
+    given.clear()
+    assert plan(attention_chunk=7).plan(ints(3, 8), max_seqlen_k=64).sliding is not None
+    assert [call["attention_chunk"] for call in given] == [0, 7]
+    assert [call["window_size"] for call in given] == [(-1, -1)] * 2
+    assert plan().plan(ints(3, 8), max_seqlen_k=64).sliding is None
+
+
 def test_a_ver_of_another_type_is_refused_after_a_hit(fake: Fake) -> None:
     KVCACHE(**paged(), ver=3)
     with pytest.raises(UnknownVersionError):
@@ -812,7 +988,13 @@ FA4_REASONS = [
     (9, DENSE, dims(264, 264), "head_dim=264, head_dim_v=264"),
     (10, DENSE, dims(192, 192), "head_dim=192, head_dim_v=192: expected up to 128"),
     (9, KVCACHE, paged(scheduler_metadata=ints(1)), "scheduler_metadata is not supported"),
-    (9, KVCACHE, paged(k=half(1), v=half(1)), "k is not supported"),
+    (9, KVCACHE, appending(), "k is not supported"),
+    (9, KVCACHE, appending(), "rotary_cos is not supported"),
+    (9, KVCACHE, appending(), "rotary_seqlens is not supported"),
+    (9, KVCACHE, paged(cache_batch_idx=ints(1, 0)), "cache_batch_idx is not supported"),
+    (9, KVCACHE, paged(cache_leftpad=ints(1, 0)), "cache_leftpad is not supported"),
+    (9, KVCACHE, paged(attention_chunk=4), "attention_chunk is not supported"),
+    (9, DENSE, dense(attention_chunk=4), "attention_chunk is not supported"),
     (8, KVCACHE, paged(), "page_table on compute capability 8.x"),
     (12, KVCACHE, paged(), "page_table on compute capability 12.x"),
     (8, DENSE, dense(sinks=torch.zeros(4)), "sinks on compute capability 8.x"),

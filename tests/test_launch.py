@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import triton_fa
-from triton_fa import api, dispatch, normalize
+from triton_fa import api, dispatch, normalize, records
 from triton_fa.errors import ArgumentError, ArgumentTypeError, TritonFAError, UnknownVersionError
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -330,8 +330,47 @@ def test_an_error_of_the_run_leaves_the_record_usable(fresh: pytest.MonkeyPatch)
     triton_fa.flash_attn_with_kvcache(**paged())
 
 
+def test_torchs_guards_are_in_use() -> None:
+    """Where they are not, calls are looked up by their whole key: slower, and right as well."""
+    assert records.guards_work()
+
+
+def test_without_torchs_guards_a_call_is_found_all_the_same(
+    fresh: pytest.MonkeyPatch, misses: Callable[[Arguments], int]
+) -> None:
+    fresh.setattr(records, "guards_work", lambda: False)
+    assert [misses(paged()) for _ in range(3)] == [1, 0, 0]
+    assert not api._RECORDS._shortcuts
+
+
+def test_a_shortcut_serves_calls_that_are_exactly_alike(
+    fresh: pytest.MonkeyPatch, misses: Callable[[Arguments], int]
+) -> None:
+    assert [misses(paged()) for _ in range(3)] == [1, 0, 0]
+    (shortcut,) = api._RECORDS._shortcuts.values()
+    fits = []
+    real = records.Shortcut.fits
+    fresh.setattr(records.Shortcut, "fits", lambda *given: fits.append(real(*given)) or fits[-1])
+    triton_fa.flash_attn_with_kvcache(**paged())
+    assert fits == [True]
+    assert shortcut.record is next(iter(api._RECORDS.values()))
+    others = [
+        {"k_cache": strided(torch.ones(5, 4, 2, 16))},
+        {"k_cache": misaligned(torch.ones(5, 4, 2, 16))},
+        {"q": torch.nn.Parameter(torch.ones(2, 1, 4, 16), requires_grad=False)},
+        {"page_table": torch.zeros(2, 3, dtype=torch.int32)},
+        {"sinks": torch.zeros(4)},
+        {"cache_seqlens": None},
+    ]
+    for other in others:
+        fits.clear()
+        triton_fa.flash_attn_with_kvcache(**paged(**other))
+        assert True not in fits[:1], other
+        triton_fa.flash_attn_with_kvcache(**paged())
+
+
 def test_the_cache_is_bounded(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(api, "_MAX_RECORDS", 4)
+    fresh.setattr(records, "MAX_RECORDS", 4)
     for length in range(1, 9):
         triton_fa.flash_attn_with_kvcache(**paged(cache_seqlens=length))
         assert len(api._RECORDS) <= 4

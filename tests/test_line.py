@@ -64,10 +64,13 @@ def work_kernel(
         total_k,
         fixed_seqlen_k,
         max_seqlen_k,
+        None,
+        None,
+        None,
     )
     idx = tl.arange(0, BLOCK_B)
-    first_q, seqlen_q, first_k, begin, end, offset, tiles = decode_work(
-        idx, idx < batch, lengths, (window_left, window_right), GROUP, MAX_ROWS, BLOCK_N
+    first_q, seqlen_q, first_k, begin, end, offset, _, tiles = decode_work(
+        idx, idx < batch, lengths, (window_left, window_right, None), GROUP, MAX_ROWS, BLOCK_N
     )
     tl.store(into_ptr + idx, first_q + 0 * idx)
     tl.store(into_ptr + BLOCK_B + idx, seqlen_q + 0 * idx)
@@ -117,8 +120,8 @@ def locate_kernel(
     ONE_BLOCK: tl.constexpr,
 ):
     """`locate` of every position of the line of `batch` one-token sequences."""
-    lengths = (None, None, batch, 1, None, seqused_k_ptr, 1, 0, max_seqlen_k)
-    windows = (None, None)
+    lengths = (None, None, batch, 1, None, seqused_k_ptr, 1, 0, max_seqlen_k, None, None, None)
+    windows = (None, None, None)
     if most_pieces is None:
         chunking = None
     else:

@@ -8,7 +8,7 @@ import torch
 import triton_fa
 from triton_fa import normalize, spec
 from triton_fa.normalize import Options
-from triton_fa.problem import Problem, Tensors
+from triton_fa.problem import Append, Problem, Tensors
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -124,6 +124,75 @@ def test_features_name_what_was_used() -> None:
     spec = normalize.problem(tensors, Options("varlen")).spec
     assert spec.features == {"out", "seqused_q", "sinks", "scheduler_metadata"}
     assert spec.sinks_dtype == torch.bfloat16
+
+
+def appending(new: Append, *, interleaved: bool = True, **tensors: Any) -> Problem:
+    given = Tensors(
+        q=torch.zeros(2, 3, 4, 32),
+        k=torch.zeros(2, 20, 2, 32),
+        v=torch.zeros(2, 20, 2, 24),
+        seqused_k=ints(1, 2),
+        append=new,
+    )._replace(**tensors)
+    return normalize.problem(given, Options("kvcache", rotary_interleaved=interleaved))
+
+
+def test_appended_keys_are_bounds_and_features() -> None:
+    k, v = torch.zeros(2, 5, 2, 32), torch.zeros(2, 5, 2, 24)
+    problem = appending(Append(k, v))
+    assert (problem.bounds.total_new, problem.bounds.max_seqlen_new) == (10, 5)
+    assert problem.spec.features == {"k"}
+    assert problem.spec.rotary_dim == 0
+    packed = appending(Append(k[0], v[0], cu_seqlens_k_new=ints(0, 1, 5)))
+    assert (packed.bounds.total_new, packed.bounds.max_seqlen_new) == (5, 5)
+    cos, sin = torch.zeros(9, 8), torch.zeros(9, 8)
+    rotary = Append(k, v, None, cos, sin, ints(0, 1))
+    turned = appending(rotary, interleaved=False).spec
+    assert turned.features == {"k", "rotary_cos", "rotary_seqlens"}
+    assert (turned.rotary_dim, turned.rotary_interleaved) == (16, False)
+    assert dense().bounds.total_new == 0
+
+
+def test_rows_and_padding_are_features() -> None:
+    k, v = torch.zeros(7, 20, 2, 32), torch.zeros(7, 20, 2, 24)
+    new = Append(torch.zeros(2, 0, 2, 32), torch.zeros(2, 0, 2, 24))
+    rows = {"cache_batch_idx": ints(6, 0), "cache_leftpad": ints(0, 3)}
+    problem = appending(new, k=k, v=v, **rows)
+    assert problem.spec.features == {"k", *rows}
+    assert (problem.bounds.batch, problem.bounds.total_new) == (2, 0)
+    table = torch.zeros(5, 3, dtype=torch.int32)
+    paged = appending(new, k=k, v=v, page_table=table, **rows)
+    assert (paged.bounds.batch, paged.bounds.max_seqlen_k) == (2, 60)
+
+
+@pytest.mark.parametrize(("value", "want"), [(None, 0), (0, 0), (7, 7)])
+def test_attention_chunk(value: int | None, want: int) -> None:
+    spec = dense(attention_chunk=value).spec
+    assert spec.attention_chunk == want
+    assert spec.features == ({"attention_chunk"} if want else set())
+
+
+@pytest.mark.parametrize(
+    ("options", "moving"),
+    [
+        # 3 queries and 5 keys at most
+        ({}, False),
+        ({"causal": True}, True),
+        ({"window_size": (-1, 0)}, True),
+        ({"window_size": (3, -1)}, True),
+        ({"window_size": (4, -1)}, False),
+        ({"window_size": (-1, 1)}, True),
+        ({"window_size": (-1, 2)}, False),
+        ({"window_size": (4, 2)}, False),
+        ({"window_size": (4, 9), "causal": True}, True),
+        ({"attention_chunk": 1000}, True),
+    ],
+)
+def test_queries_have_positions_of_their_own_where_a_mask_may_hide_a_key(
+    options: dict[str, Any], moving: bool
+) -> None:
+    problem = dense(**options)
+    assert spec.moving_positions(problem.spec, problem.bounds) == moving
 
 
 def test_off_is_off_in_every_spelling() -> None:
@@ -246,6 +315,56 @@ def test_a_call_is_prepared_again_when_anything_the_host_sees_changes(fresh: Any
         {"return_attn_probs": True},
         {"out": torch.empty(2, 3, 4, 16)},
         {"ver": "triton"} if torch.cuda.is_available() is False else {"softcap": 2.0},
+    ]
+    for change in changes:
+        assert prepared(**change) == 1, change
+        assert prepared(**change) == 0, change
+
+
+def test_an_append_is_prepared_again_when_anything_the_host_sees_of_it_changes(fresh: Any) -> None:
+    seen = []
+    real = normalize.problem
+    fresh.setattr(normalize, "problem", lambda *given: seen.append(1) or real(*given))
+
+    def new(*shape: int) -> dict[str, torch.Tensor]:
+        return {"k": torch.zeros(*shape, 2, 32), "v": torch.zeros(*shape, 2, 32)}
+
+    given = {
+        "q": torch.zeros(2, 1, 4, 32),
+        "k_cache": torch.zeros(2, 8, 2, 32),
+        "v_cache": torch.zeros(2, 8, 2, 32),
+        "cache_seqlens": ints(3, 4),
+        "rotary_cos": torch.zeros(9, 16),
+        "rotary_sin": torch.zeros(9, 16),
+    } | new(2, 1)
+
+    def prepared(**changes: Any) -> int:
+        before = len(seen)
+        triton_fa.flash_attn_with_kvcache(**given | changes, ver="torch")
+        return len(seen) - before
+
+    assert prepared() == 1
+    assert prepared() == 0
+    assert prepared(**{name: tensor.clone() for name, tensor in new(2, 1).items()}) == 0
+    more_rows = {"k_cache": torch.zeros(5, 8, 2, 32), "v_cache": torch.zeros(5, 8, 2, 32)}
+    changes: list[dict[str, Any]] = [
+        {name: None for name in ("k", "v", "rotary_cos", "rotary_sin")},
+        {"rotary_cos": None, "rotary_sin": None},
+        new(2, 2),
+        new(3) | {"cu_seqlens_k_new": ints(0, 1, 3)},
+        {"k": torch.zeros(2, 1, 2, 64)[..., :32]},
+        {"k": torch.zeros(129)[1:].view(2, 1, 2, 32)},
+        {"rotary_cos": torch.zeros(9, 8), "rotary_sin": torch.zeros(9, 8)},
+        {"rotary_cos": torch.zeros(10, 16), "rotary_sin": torch.zeros(10, 16)},
+        {"rotary_seqlens": ints(0, 1)},
+        {"rotary_interleaved": False},
+        {"cache_leftpad": ints(0, 1)},
+        {"cache_batch_idx": ints(1, 0)},
+        {"cache_batch_idx": ints(1, 0)} | more_rows,
+        {"attention_chunk": 2},
+        {"attention_chunk": 3},
+        {"cache_seqlens": 3},
+        {"cache_seqlens": 4},
     ]
     for change in changes:
         assert prepared(**change) == 1, change

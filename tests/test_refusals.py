@@ -1,5 +1,7 @@
 """Every argument that is not honoured is refused by name, and every wrong input says what it is."""
 
+import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -94,18 +96,10 @@ def test_the_legal_calls_of_this_file_are_legal(
 ONE = torch.ones(1)
 REFUSED = {
     "flash_attn_with_kvcache": {
-        "k": ONE,
-        "v": ONE,
         "qv": ONE,
-        "rotary_cos": ONE,
-        "rotary_sin": ONE,
-        "rotary_seqlens": ONE,
-        "cache_batch_idx": ONE,
-        "cache_leftpad": ONE,
         "q_descale": ONE,
         "k_descale": ONE,
         "v_descale": ONE,
-        "attention_chunk": 4,
         "score_mod": max,
         "aux_tensors": [ONE],
         "mask_mod": max,
@@ -116,7 +110,6 @@ REFUSED = {
         "q_descale": ONE,
         "k_descale": ONE,
         "v_descale": ONE,
-        "attention_chunk": 4,
         "score_mod": max,
         "aux_tensors": [ONE],
         "mask_mod": max,
@@ -127,7 +120,6 @@ REFUSED = {
         "q_descale": ONE,
         "k_descale": ONE,
         "v_descale": ONE,
-        "attention_chunk": 4,
     },
 }
 CALL_OF = {
@@ -152,19 +144,75 @@ def test_an_argument_that_is_not_honoured_is_refused_by_name(
     assert any(reason.startswith(name) for reason in caught.value.reasons)
 
 
+# Arguments that not every backend has had from the start, each with what it needs beside it.
+ROTARY = {"rotary_cos": torch.ones(8, 8), "rotary_sin": torch.zeros(8, 8)}
+NEW = {"k": torch.ones(2, 1, 2, 16), "v": torch.ones(2, 1, 2, 16), "cache_seqlens": ints(3, 7)}
+OPTIONAL: dict[str, Arguments] = {
+    "k": NEW,
+    "rotary_cos": NEW | ROTARY,
+    "rotary_seqlens": NEW | ROTARY | {"rotary_seqlens": ints(0, 2)},
+    "cache_batch_idx": {"cache_batch_idx": ints(1, 0)},
+    "cache_leftpad": {"cache_leftpad": ints(1, 2)},
+    "attention_chunk": {"attention_chunk": 4},
+}
+
+
+@pytest.mark.parametrize("ver", ["torch", "triton"])
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_an_optional_argument_is_honoured_or_refused_by_name(
+    name: str, ver: str, device: str
+) -> None:
+    module = importlib.import_module(f"triton_fa.backends.{ver}")
+    given = {
+        n: t.to(device, copy=True) if isinstance(t, torch.Tensor) else t
+        for n, t in kvcache(**OPTIONAL[name]).items()
+    }
+    if name in module.SUPPORTED_FEATURES:
+        out, lse = triton_fa.flash_attn_with_kvcache(**given, ver=ver, return_lse=True)
+        assert out.isfinite().all()
+        if name != "cache_batch_idx":  # both sequences have the same keys
+            bare = {n: t for n, t in given.items() if n not in OPTIONAL[name]}
+            bare["cache_seqlens"] = given["cache_seqlens"]
+            _, other = triton_fa.flash_attn_with_kvcache(**bare, ver=ver, return_lse=True)
+            assert not torch.equal(lse, other), "dropped"
+    else:
+        with pytest.raises(UnsupportedError, match=rf"\b{name}\b") as caught:
+            triton_fa.flash_attn_with_kvcache(**given, ver=ver)
+        assert any(reason.startswith(name) for reason in caught.value.reasons)
+
+
+@pytest.mark.parametrize("make", [varlen, dense])
+def test_every_function_takes_a_chunk(make: Callable[..., Arguments]) -> None:
+    q = torch.ones_like(make()["q"])
+    out, lse = call(make, q=q, attention_chunk=2, return_attn_probs=True)
+    assert out.isfinite().all()
+    assert lse.max() <= math.log(2) + 1e-6
+    with pytest.raises(ArgumentValueError, match="attention_chunk: expected at least 0, got -1"):
+        call(make, attention_chunk=-1)
+
+
 def test_all_reasons_are_named_at_once() -> None:
     with pytest.raises(UnsupportedError) as caught:
-        call(kvcache, qv=ONE, rotary_cos=ONE, mask_mod=max)
+        call(kvcache, qv=ONE, score_mod=max, mask_mod=max)
     assert [reason.split()[0] for reason in caught.value.reasons] == [
         "mask_mod",
         "qv",
-        "rotary_cos",
+        "score_mod",
     ]
 
 
-def test_the_other_spelling_of_leftpad_is_refused_too() -> None:
-    with pytest.raises(UnsupportedError, match="cache_leftpad"):
-        call(kvcache, leftpad_k=ints(0, 0))
+def test_the_other_spelling_of_leftpad_means_the_same() -> None:
+    lse = [
+        call(kvcache, **{name: pads}, return_lse=True)[1].flatten().tolist()
+        for name, pads in (
+            ("cache_leftpad", ints(1, 2)),
+            ("leftpad_k", ints(1, 2)),
+            ("leftpad_k", ints(0, 2)),
+        )
+    ]
+    assert lse[0] == lse[1] != lse[2]
+    with pytest.raises(ArgumentValueError, match="cache_leftpad and leftpad_k"):
+        call(kvcache, leftpad_k=ints(0, 0), cache_leftpad=ints(0, 0))
 
 
 @pytest.mark.parametrize("head_dim", [12, 264])
@@ -176,6 +224,21 @@ def test_triton_names_a_head_dim_it_does_not_do(head_dim: int, device: str) -> N
 
 
 T = torch.zeros
+
+
+def appending(**changes: Any) -> Arguments:
+    """A legal call that appends one rotated key to each sequence."""
+    new = {"k": T(2, 1, 2, 16), "v": T(2, 1, 2, 16), "cache_seqlens": ints(3, 7)}
+    rotary = {"rotary_cos": T(8, 8), "rotary_sin": T(8, 8)}
+    return kvcache(**new | rotary | changes)
+
+
+FUNCTIONS[appending] = triton_fa.flash_attn_with_kvcache
+# Of `appending`: without rotation, and packed.
+NO_ROTARY = {"rotary_cos": None, "rotary_sin": None}
+PACKED_NEW = {"k": T(3, 2, 16), "v": T(3, 2, 16), "cu_seqlens_k_new": ints(0, 1, 3)}
+DENSE_CACHE = {"page_table": None, "k_cache": T(2, 8, 2, 16), "v_cache": T(2, 8, 2, 16)}
+
 BAD_SHAPES: list[tuple[Callable[..., Arguments], Arguments, type[TritonFAError], str]] = [
     # ranks
     (kvcache, {"q": T(2, 4, 16)}, ArgumentError, "q: expected 4 dimensions"),
@@ -304,7 +367,154 @@ BAD_SHAPES: list[tuple[Callable[..., Arguments], Arguments, type[TritonFAError],
         ArgumentValueError,
         "s_aux and learnable_sink",
     ),
+    # appended keys
+    (appending, {"k": None}, ArgumentError, "k: expected a tensor together with v, got None"),
+    (appending, {"v": None}, ArgumentError, "v: expected a tensor together with k, got None"),
+    (appending, {"cache_seqlens": None}, ArgumentError, "cache_seqlens: .* together with k, got N"),
+    (
+        appending,
+        {"cache_seqlens": None} | DENSE_CACHE,
+        ArgumentError,
+        "cache_seqlens: .* together with k, got None",
+    ),
+    (appending, {"k": 1}, ArgumentTypeError, "k: expected a tensor, got int"),
+    (appending, {"k": T(3, 2, 16)}, ArgumentError, "k: expected 4 dimensions .* without cu_seql"),
+    (appending, {"k": T(3, 1, 2, 16)}, ArgumentError, r"k: expected shape \(2, 1, 2, 16\), got"),
+    (appending, {"k": T(2, 1, 4, 16)}, ArgumentError, r"k: expected shape \(2, 1, 2, 16\), got"),
+    (appending, {"k": T(2, 1, 2, 8)}, ArgumentError, r"k: expected shape \(2, 1, 2, 16\), got"),
+    (appending, {"v": T(2, 2, 2, 16)}, ArgumentError, r"v: expected shape \(2, 1, 2, 16\), got"),
+    (appending, {"v": T(2, 1, 2, 8)}, ArgumentError, r"v: expected shape \(2, 1, 2, 16\), got"),
+    (appending, {"k": T(2, 1, 2, 16).half()}, ArgumentError, "k: expected dtype float32, got f"),
+    (appending, {"v": T(2, 1, 2, 16).half()}, ArgumentError, "v: expected dtype float32, got f"),
+    (appending, {"k": T(2, 1, 2, 16, device="meta")}, ArgumentError, "k: expected device cpu"),
+    (appending, {"v": T(2, 1, 2, 16, device="meta")}, ArgumentError, "v: expected device cpu"),
+    (appending, {"k": T(2, 1, 2, 32)[..., ::2]}, LayoutError, "k: expected last stride 1"),
+    (appending, {"v": T(2, 1, 2, 32)[..., ::2]}, LayoutError, "v: expected last stride 1"),
+    (
+        appending,
+        {"cu_seqlens_k_new": ints(0, 1, 2)},
+        ArgumentError,
+        "k: expected 3 dimensions .* with cu_seqlens_k_new",
+    ),
+    (
+        appending,
+        PACKED_NEW | {"cu_seqlens_k_new": ints(0, 3)},
+        ArgumentError,
+        r"cu_seqlens_k_new: expected shape \(3,\)",
+    ),
+    (
+        appending,
+        PACKED_NEW | {"cu_seqlens_k_new": T(3).long()},
+        ArgumentError,
+        "cu_seqlens_k_new: expected dtype int32",
+    ),
+    (appending, PACKED_NEW | {"k": T(3, 1, 16)}, ArgumentError, r"k: expected shape \(3, 2, 16\)"),
+    (appending, PACKED_NEW | {"v": T(2, 2, 16)}, ArgumentError, r"v: expected shape \(3, 2, 16\)"),
+    (
+        appending,
+        {"q": T(2, 9, 4, 16)},
+        ArgumentError,
+        "k: expected a cache of at least max_seqlen_q=9 keys, got 8",
+    ),
+    (
+        appending,
+        {"cache_seqlens": 8},
+        ArgumentError,
+        r"cache_seqlens: expected at most 7 \(.* beside 1 new keys\), got 8",
+    ),
+    # rotation
+    (appending, {"k": None, "v": None}, ArgumentError, "rotary_cos: expected None without k"),
+    (
+        kvcache,
+        {"rotary_seqlens": ints(0, 0)},
+        ArgumentError,
+        "rotary_seqlens: expected None without k",
+    ),
+    (appending, {"rotary_cos": None}, ArgumentError, "rotary_cos: .* together with rotary_sin"),
+    (appending, {"rotary_sin": None}, ArgumentError, "rotary_sin: .* together with rotary_cos"),
+    (
+        appending,
+        NO_ROTARY | {"rotary_seqlens": ints(0, 0)},
+        ArgumentError,
+        "rotary_seqlens: expected None without rotary_cos",
+    ),
+    (appending, {"rotary_cos": 1.0}, ArgumentTypeError, "rotary_cos: expected a tensor, got float"),
+    (appending, {"rotary_cos": T(8)}, ArgumentError, "rotary_cos: expected 2 dimensions"),
+    (appending, {"rotary_cos": T(8, 6)}, ArgumentError, "multiple of 16 up to 16, got 12"),
+    (appending, {"rotary_cos": T(8, 0)}, ArgumentError, "multiple of 16 up to 16, got 0"),
+    (appending, {"rotary_cos": T(8, 16)}, ArgumentError, "multiple of 16 up to 16, got 32"),
+    (
+        appending,
+        {"rotary_cos": T(7, 8)},
+        ArgumentError,
+        "rotary_cos: .* at least 8 positions, .* 7",
+    ),
+    (
+        appending,
+        DENSE_CACHE | {"rotary_cos": T(0, 8), "rotary_sin": T(0, 8)},
+        ArgumentError,
+        "rotary_cos: expected at least 1 positions",
+    ),
+    (
+        appending,
+        {"page_table": T(2, 0).int(), "q": T(2, 0, 4, 16), "cache_seqlens": ints(0, 0)}
+        | {"rotary_cos": T(0, 8), "rotary_sin": T(0, 8)},
+        ArgumentError,
+        "rotary_cos: expected at least 1 positions",
+    ),
+    (appending, {"rotary_sin": T(9, 8)}, ArgumentError, r"rotary_sin: expected shape \(8, 8\)"),
+    (
+        appending,
+        {"rotary_cos": T(8, 8).half()},
+        ArgumentError,
+        "rotary_cos: expected dtype float32",
+    ),
+    (
+        appending,
+        {"rotary_sin": T(8, 8).half()},
+        ArgumentError,
+        "rotary_sin: expected dtype float32",
+    ),
+    (appending, {"rotary_cos": T(8, 8, device="meta")}, ArgumentError, "rotary_cos: .* device cpu"),
+    (appending, {"rotary_cos": T(8, 8).T}, LayoutError, "rotary_cos: expected a contiguous tensor"),
+    (appending, {"rotary_sin": T(8, 16)[:, :8]}, LayoutError, "rotary_sin: expected a contiguous"),
+    (appending, {"rotary_seqlens": ints(0)}, ArgumentError, r"rotary_seqlens: .* shape \(2,\)"),
+    (appending, {"rotary_seqlens": T(2)}, ArgumentError, "rotary_seqlens: expected dtype int32"),
+    (appending, {"rotary_seqlens": 3}, ArgumentTypeError, "rotary_seqlens: expected a tensor"),
+    (
+        appending,
+        {"rotary_interleaved": 1},
+        ArgumentTypeError,
+        "rotary_interleaved: expected a bool",
+    ),
+    # rows and padding
+    (kvcache, {"cache_batch_idx": ints(0)}, ArgumentError, r"cache_batch_idx: .* shape \(2,\)"),
+    (kvcache, {"cache_batch_idx": T(2)}, ArgumentError, "cache_batch_idx: expected dtype int32"),
+    (kvcache, {"cache_batch_idx": [0, 1]}, ArgumentTypeError, "cache_batch_idx: expected a tensor"),
+    (
+        kvcache,
+        {"cache_batch_idx": ints(0, 1), "page_table": T(0, 2).int()},
+        ArgumentError,
+        "cache_batch_idx: expected a row of page_table to name, got none",
+    ),
+    (kvcache, {"cache_leftpad": ints(0)}, ArgumentError, r"cache_leftpad: .* shape \(2,\)"),
+    (kvcache, {"cache_leftpad": T(2).long()}, ArgumentError, "cache_leftpad: expected dtype int32"),
+    (
+        kvcache,
+        {"cache_leftpad": ints(0, 0).to("meta")},
+        ArgumentError,
+        "cache_leftpad: expected device cpu",
+    ),
+    (
+        kvcache,
+        {"page_table": None, "k_cache": T(3, 8, 2, 16), "v_cache": T(3, 8, 2, 16)},
+        ArgumentError,
+        "k_cache: expected batch 2, got 3",
+    ),
     # numbers
+    (kvcache, {"attention_chunk": -1}, ArgumentValueError, "attention_chunk: expected at least 0"),
+    (kvcache, {"attention_chunk": True}, ArgumentTypeError, "attention_chunk: .* int, got bool"),
+    (dense, {"attention_chunk": 2.0}, ArgumentTypeError, "attention_chunk: .* int, got float"),
     (
         kvcache,
         {"cache_seqlens": 9},
@@ -374,6 +584,101 @@ def test_an_unknown_version_is_refused(ver: Any) -> None:
         call(dense, ver=ver)
     with pytest.raises(RuntimeError):
         call(dense, ver=ver)
+
+
+@pytest.mark.parametrize("ver", ["torch", "triton"])
+def test_a_refused_append_writes_nothing(ver: str, device: str) -> None:
+    given = {n: t.to(device) for n, t in appending(k=T(2, 1, 2, 16) + 1).items()}
+    with pytest.raises(ArgumentError, match="cache_seqlens: expected at most 7"):
+        triton_fa.flash_attn_with_kvcache(**given | {"cache_seqlens": 8}, ver=ver)
+    with pytest.raises(UnsupportedError, match="qv"):
+        triton_fa.flash_attn_with_kvcache(**given, qv=ONE, ver=ver)
+    assert (given["k_cache"] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin"])
+def test_a_gradient_of_a_cache_or_of_what_is_appended_is_refused(name: str) -> None:
+    given = appending()
+    given[name] = given[name].clone().requires_grad_()
+    with pytest.raises(ArgumentError, match=f"{name}: expected no gradient"):
+        triton_fa.flash_attn_with_kvcache(**given, ver="torch")
+    with torch.no_grad():
+        triton_fa.flash_attn_with_kvcache(**given, ver="torch")
+
+
+# What only the tensors say, and TRITON_FA_VALIDATE=1 looks for.
+BAD_VALUES: list[tuple[Arguments, str]] = [
+    (
+        {"cache_seqlens": ints(3, 8)},
+        r"k: .* 0 and 0 \(.* less cache_seqlens\), got 1 for sequence 1",
+    ),
+    (DENSE_CACHE | {"cache_seqlens": ints(8, 7)}, "k: expected between 0 and 0 .* for sequence 0"),
+    (PACKED_NEW, "k: expected between 0 and 1 .* got 2 for sequence 1"),
+    (PACKED_NEW | {"cu_seqlens_k_new": ints(1, 1, 3)}, "cu_seqlens_k_new: expected 0 as the first"),
+    (PACKED_NEW | {"cu_seqlens_k_new": ints(0, 2, 1)}, "cu_seqlens_k_new: .* do not decrease"),
+    (PACKED_NEW | {"cu_seqlens_k_new": ints(0, 1, 4)}, r"cu_seqlens_k_new: .* 3 \(the tokens of k"),
+    # Page 1 of the first sequence is needed by nothing but the append.
+    (
+        {"page_table": ints(0, 5, 2, 3).view(2, 2), "cache_seqlens": ints(4, 7)},
+        "page_table: expected ids from 0 to 4, got 5 for page 1 of sequence 0",
+    ),
+    (
+        {"cache_batch_idx": ints(0, 2)},
+        r"cache_batch_idx: .* between 0 and 1 \(page_table's last row\), got 2 for sequence 1",
+    ),
+    (
+        DENSE_CACHE | {"cache_batch_idx": ints(-1, 0)},
+        r"cache_batch_idx: .* \(k_cache's last row\), got -1 for sequence 0",
+    ),
+    (
+        {"cache_batch_idx": ints(1, 0), "page_table": ints(-1, 5, 2, 3).view(2, 2)},
+        "page_table: .* got -1 for page 0 of sequence 1",
+    ),
+    ({"cache_leftpad": ints(4, 0)}, "cache_leftpad: expected between 0 and 3 .* for sequence 0"),
+    ({"cache_leftpad": ints(0, -1)}, "cache_leftpad: .* got -1 for sequence 1"),
+    (
+        {"rotary_seqlens": ints(0, 8)},
+        r"rotary_seqlens: .* 0 and 7 \(rotary_cos has 8 rows, .* got 8 for sequence 1",
+    ),
+    ({"rotary_seqlens": ints(-1, 0)}, "rotary_seqlens: .* got -1 for sequence 0"),
+    (
+        {"q": T(2, 4, 4, 16), "causal": True, "cache_seqlens": ints(3, 6)},
+        "cache_seqlens: expected between 0 and 4 .* for 4 positions.* got 6 for sequence 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_VALUES, ids=[m for _, m in BAD_VALUES])
+def test_validation_says_which_value_of_an_append_is_wrong(
+    fresh: pytest.MonkeyPatch, changes: Arguments, message: str
+) -> None:
+    fresh.setenv("TRITON_FA_VALIDATE", "1")
+    for _ in range(2):  # on a miss and on a hit
+        with pytest.raises(ArgumentError, match=message):
+            call(appending, **changes)
+
+
+@pytest.mark.parametrize("changes", [c for c, _ in BAD_VALUES])
+def test_without_validation_a_wrong_value_is_clamped(changes: Arguments) -> None:
+    assert call(appending, **changes).isfinite().all()
+
+
+LEGAL_VALUES: list[Arguments] = [
+    {},
+    {"cache_leftpad": ints(3, 0), "cache_batch_idx": ints(1, 1)},
+    {"q": T(2, 4, 4, 16), "cache_seqlens": ints(3, 6)},
+    PACKED_NEW | {"cache_seqlens": ints(7, 6)},
+    # Pages that the padding, the window or the chunk hide from every query.
+    {"cache_leftpad": ints(0, 4), "page_table": ints(0, 1, -1, 3).view(2, 2)},
+    {"window_size": (3, 0), "page_table": ints(0, 1, -1, 3).view(2, 2)},
+    {"attention_chunk": 4, "page_table": ints(0, 1, -1, 3).view(2, 2)},
+]
+
+
+@pytest.mark.parametrize("changes", LEGAL_VALUES)
+def test_validation_lets_a_legal_append_pass(fresh: pytest.MonkeyPatch, changes: Arguments) -> None:
+    fresh.setenv("TRITON_FA_VALIDATE", "1")
+    assert call(appending, **changes).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "sinks", "out"])

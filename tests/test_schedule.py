@@ -98,10 +98,10 @@ def test_fa4_has_no_such_tensor() -> None:
         _metadata([1], ver=4)
 
 
-@pytest.mark.parametrize("ver", ["triton", "torch"])
-def test_what_attention_refuses_has_no_metadata_either(ver: str) -> None:
-    with pytest.raises(UnsupportedError, match="attention_chunk"):
-        _metadata([1], ver=ver, attention_chunk=128)
+@pytest.mark.parametrize("name", ["attention_chunk", "max_seqlen_k_new"])
+def test_a_negative_size_is_refused(name: str) -> None:
+    with pytest.raises(ArgumentValueError, match=name):
+        _metadata([1], ver="triton", **{name: -1})
 
 
 def _paged(lengths_q: list[int], lengths_k: list[int], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """The public functions. The only place where FlashAttention's signatures are written out.
 
-A call is looked up by everything the host can see of it: shapes, strides, dtypes, devices,
-alignment and every scalar. A miss validates, picks the backend and prepares the launch; a hit
-runs what was prepared. Validation holds for hits because all it looked at is in the key.
+A call is looked up among the launch records (`records.py`). A miss validates, picks the backend
+and prepares the launch; a hit runs what was prepared. Validation holds for hits because all it
+looked at is in the key.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from triton_fa import dispatch, normalize
 from triton_fa.backends.base import Run
 from triton_fa.checks import one_spelling
 from triton_fa.normalize import Options
-from triton_fa.problem import AttnResult, Lengths, Tensors
+from triton_fa.problem import Append, AttnResult, Lengths, Tensors
+from triton_fa.records import MAX_RECORDS, Records, signature
 
 Window = Sequence[int | None]
 Result = torch.Tensor | tuple[torch.Tensor, ...]
-
-_MAX_RECORDS = 8192
-WINDOW = 3  # place of the window among the scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +32,7 @@ class _Record:
     shape_result: Callable[[AttnResult], Result] | None  # None: only `out` is returned
 
 
-_RECORDS: dict[tuple[Any, ...], _Record] = {}
-
-
-def _signature(tensor: Any) -> Any:
-    """All that validation and code choice may depend on, of one tensor."""
-    if tensor is None:
-        return None
-    return (
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor.device,
-        tensor.data_ptr() & 15,
-        tensor.requires_grad,
-    )
+_RECORDS = Records()
 
 
 def _call(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> Result:
@@ -56,35 +40,16 @@ def _call(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> 
 
     `scalars` are the fields of `Options`, in order.
     """
-    key = None
-    record = None
-    try:
-        key = (
-            ver,
-            scalars,
-            # True == 1 and 0.0 == 0, but what is refused must not depend on what came before.
-            type(ver),
-            *map(type, scalars),
-            *map(type, scalars[WINDOW]),
-            dispatch.is_strict(),
-            torch.is_grad_enabled(),
-            *map(_signature, tensors),
-        )
-        record = _RECORDS.get(key)
-    except (AttributeError, TypeError):  # not tensors, or not hashable: normalize says which
-        key = None
+    record = _RECORDS.find(ver, tensors, scalars)
     if record is None:
         options = Options(*scalars)
         problem = normalize.problem(tensors, options)
         run, version = dispatch.prepare(ver, problem)
         record = _Record(run, _result_shaper(version, options.return_lse))
-        if key is not None:
-            if len(_RECORDS) >= _MAX_RECORDS:
-                _RECORDS.clear()
-            _RECORDS[key] = record
-    if record.shape_result is None:
-        return record.run(tensors).out
-    return record.shape_result(record.run(tensors))
+        _RECORDS.keep(ver, tensors, scalars, record)
+    result: AttnResult = record.run(tensors)
+    shape_result: Callable[[AttnResult], Result] | None = record.shape_result
+    return result.out if shape_result is None else shape_result(result)
 
 
 def _result_shaper(ver: int | str, return_lse: bool) -> Callable[[AttnResult], Result] | None:
@@ -178,19 +143,28 @@ def flash_attn_with_kvcache(
         k_cache: (batch, seqlen_k, heads_kv, head_dim), or (num_pages, page_size, heads_kv,
             head_dim) with page_table. Same dtype as q; any strides but a last one of 1.
         v_cache: As k_cache, with head_dim_v.
-        k: New keys to append. Refused today.
-        v: New values to append. Refused today.
+        k: (batch, seqlen_new, heads_kv, head_dim), or (total_new, heads_kv, head_dim) with
+            cu_seqlens_k_new: new keys. They are written into k_cache from position cache_seqlens[b]
+            on, before anything is read; needs v and cache_seqlens, which stays as it is. A key that
+            the table or the cache has no place for is dropped. Rows of the cache that two sequences
+            append to hold either one's.
+        v: As k, with head_dim_v: new values.
         qv: Second query part scored against v (MLA). Refused today.
-        rotary_cos: Refused today.
-        rotary_sin: Refused today.
+        rotary_cos: (positions, rotary_dim / 2), q's dtype: turns the leading rotary_dim dims of the
+            new keys and of q; needs k. Key t is at position cache_seqlens[b] + t, query i at
+            cache_seqlens[b] + i if the call is causal or has a window that hides a key, else at
+            cache_seqlens[b]. Positions past the last row use the last row.
+        rotary_sin: As rotary_cos.
         cache_seqlens: (batch,) int32, or one int for all: keys in use. None: all of the cache.
-        cache_batch_idx: Refused today.
-        cache_leftpad: Refused today.
+        cache_batch_idx: (batch,) int32: the row of a dense cache, or of page_table, of each
+            sequence; None: its own number.
+        cache_leftpad: (batch,) int32: the first key in use. Keys are counted from there, in
+            cache_seqlens from the start of the cache.
         page_table: (batch, max_pages) int32. Entries past a sequence's last page are never used.
         cu_seqlens_q: (batch + 1,) int32 prefix sums of query lengths.
         cu_seqlens_k_new: Lengths of appended keys; read only together with k.
         max_seqlen_q: Upper bound of query lengths; required with cu_seqlens_q.
-        rotary_seqlens: Refused today.
+        rotary_seqlens: (batch,) int32: positions to rotate at, instead of cache_seqlens.
         q_descale: float8 scale. Refused today.
         k_descale: float8 scale. Refused today.
         v_descale: float8 scale. Refused today.
@@ -198,9 +172,11 @@ def flash_attn_with_kvcache(
         causal: Row i sees keys up to its own position.
         window_size: (left, right) keys visible on each side of a row's position, inclusive;
             negative or None is unbounded.
-        attention_chunk: Refused today unless None or 0.
+        attention_chunk: c > 0: a row at key position p sees keys of its own chunk only, from
+            floor(p / c) * c to c - 1 further; None or 0 is off.
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
-        rotary_interleaved: Read only together with rotary_cos.
+        rotary_interleaved: Whether dims (0, 1), (2, 3), ... turn together, or i and
+            i + rotary_dim / 2.
         scheduler_metadata: What `get_scheduler_metadata` returned for these lengths and this ver.
         num_splits: 0 lets the library choose, 1 computes every row unsplit, n cuts the keys of
             a sequence into at most n pieces.
@@ -238,6 +214,15 @@ def flash_attn_with_kvcache(
     if seqused_k is not None:
         lengths = one_spelling(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
     fixed = lengths if isinstance(lengths, int) else None
+    append = None
+    if not (
+        k is None
+        and v is None
+        and rotary_cos is None
+        and rotary_sin is None
+        and rotary_seqlens is None
+    ):
+        append = Append(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens)  # type: ignore[arg-type]  # normalize
     tensors = Tensors(
         q,
         k_cache,
@@ -250,24 +235,20 @@ def flash_attn_with_kvcache(
         None if fixed is not None else lengths,
         _sinks(sinks, s_aux, learnable_sink),
         scheduler_metadata,
+        cache_batch_idx,
+        cache_leftpad
+        if leftpad_k is None
+        else one_spelling(cache_leftpad=cache_leftpad, leftpad_k=leftpad_k),
+        append,
     )
     # The condition repeats the names below: a microsecond less on a hit. A name missing here would
     # be dropped silently; test_refusals.py and test_schedule.py have every one of them.
     features = _NO_FEATURES
     if not (
-        k is None
-        and v is None
-        and qv is None
-        and rotary_cos is None
-        and rotary_sin is None
-        and rotary_seqlens is None
-        and cache_batch_idx is None
-        and cache_leftpad is None
-        and leftpad_k is None
+        qv is None
         and q_descale is None
         and k_descale is None
         and v_descale is None
-        and not attention_chunk
         and score_mod is None
         and aux_tensors is None
         and mask_mod is None
@@ -275,18 +256,10 @@ def flash_attn_with_kvcache(
         and not batch_invariant
     ):
         features = _features(
-            k=k,
-            v=v,
             qv=qv,
-            rotary_cos=rotary_cos,
-            rotary_sin=rotary_sin,
-            rotary_seqlens=rotary_seqlens,
-            cache_batch_idx=cache_batch_idx,
-            cache_leftpad=one_spelling(cache_leftpad=cache_leftpad, leftpad_k=leftpad_k),
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            attention_chunk=attention_chunk or None,
             score_mod=score_mod,
             aux_tensors=aux_tensors,
             mask_mod=mask_mod,
@@ -307,6 +280,8 @@ def flash_attn_with_kvcache(
         features,
         return_softmax_lse or return_attn_probs or return_lse,
         pack_gqa,
+        attention_chunk,
+        rotary_interleaved,
     )
     return _call(ver, tensors, scalars)
 
@@ -378,7 +353,8 @@ def flash_attn_varlen_func(
         v_descale: float8 scale. Refused today.
         window_size: (left, right) keys visible on each side of a row's position, inclusive;
             negative or None is unbounded.
-        attention_chunk: Refused today unless None or 0.
+        attention_chunk: c > 0: a row at key position p sees keys of its own chunk only, from
+            floor(p / c) * c to c - 1 further; None or 0 is off.
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
         num_splits: 0 lets the library choose, 1 computes every row unsplit, n cuts the keys of
             a sequence into at most n pieces.
@@ -431,7 +407,6 @@ def flash_attn_varlen_func(
         and q_descale is None
         and k_descale is None
         and v_descale is None
-        and not attention_chunk
         and score_mod is None
         and aux_tensors is None
         and mask_mod is None
@@ -443,7 +418,6 @@ def flash_attn_varlen_func(
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            attention_chunk=attention_chunk or None,
             score_mod=score_mod,
             aux_tensors=aux_tensors,
             mask_mod=mask_mod,
@@ -464,6 +438,7 @@ def flash_attn_varlen_func(
         features,
         return_softmax_lse or return_attn_probs or return_lse,
         pack_gqa,
+        attention_chunk,
     )
     return _call(ver, tensors, scalars)
 
@@ -509,7 +484,8 @@ def flash_attn_func(
         v_descale: float8 scale. Refused today.
         window_size: (left, right) keys visible on each side of a row's position, inclusive;
             negative or None is unbounded.
-        attention_chunk: Refused today unless None or 0.
+        attention_chunk: c > 0: a row at key position p sees keys of its own chunk only, from
+            floor(p / c) * c to c - 1 further; None or 0 is off.
         softcap: Scores become softcap * tanh(score / softcap); 0 or None is off.
         num_splits: 0 lets the library choose, 1 computes every row unsplit, n cuts the keys of
             a sequence into at most n pieces.
@@ -541,7 +517,6 @@ def flash_attn_func(
         and q_descale is None
         and k_descale is None
         and v_descale is None
-        and not attention_chunk
         and not batch_invariant
     ):
         features = _features(
@@ -549,7 +524,6 @@ def flash_attn_func(
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
-            attention_chunk=attention_chunk or None,
             batch_invariant=batch_invariant or None,
         )
     scalars = (
@@ -566,6 +540,7 @@ def flash_attn_func(
         features,
         return_attn_probs or return_softmax_lse or return_lse,
         pack_gqa,
+        attention_chunk,
     )
     return _call(ver, tensors, scalars)
 
@@ -638,14 +613,16 @@ def get_scheduler_metadata(
         cu_seqlens_q: (batch_size + 1,) int32 prefix sums of query lengths; None: all are
             max_seqlen_q.
         cu_seqlens_k: (batch_size + 1,) int32 prefix sums of key lengths, with packed keys.
-        cu_seqlens_k_new: Appended lengths. Refused today with ver="triton".
+        cu_seqlens_k_new: (batch_size + 1,) int32 prefix sums of appended lengths; None: all are
+            max_seqlen_k_new.
         seqused_q: (batch_size,) int32 query lengths in use.
-        leftpad_k: Left padding. Refused today with ver="triton".
+        leftpad_k: (batch_size,) int32 first keys in use.
         page_size: Tokens of a page; None: not paged.
-        max_seqlen_k_new: Upper bound of appended lengths. Refused today unless 0.
+        max_seqlen_k_new: Upper bound of appended lengths.
         causal: As of the attention call.
         window_size: As of the attention call: layers with a window have a schedule of their own.
-        attention_chunk: Refused today unless None or 0.
+        attention_chunk: c > 0: a row at key position p sees keys of its own chunk only, from
+            floor(p / c) * c to c - 1 further; None or 0 is off.
         has_softcap: Whether the attention call has a softcap.
         num_splits: As of the attention call.
         pack_gqa: As of the attention call.
@@ -673,8 +650,9 @@ def get_scheduler_metadata(
         cu_seqlens_k,
         seqused_q,
         one_spelling(cache_seqlens=cache_seqlens, seqused_k=seqused_k),
+        cu_seqlens_k_new,
+        one_spelling(leftpad_k=leftpad_k, cache_leftpad=cache_leftpad),
     )
-    leftpad = one_spelling(leftpad_k=leftpad_k, cache_leftpad=cache_leftpad)
     window = _window(window_size)
     scalars: tuple[Any, ...] = (
         batch_size,
@@ -691,32 +669,26 @@ def get_scheduler_metadata(
         has_softcap,
         num_splits,
         sm_margin,
-        _features(
-            cu_seqlens_k_new=cu_seqlens_k_new,
-            leftpad_k=leftpad,
-            max_seqlen_k_new=max_seqlen_k_new or None,
-            attention_chunk=attention_chunk or None,
-            batch_invariant=batch_invariant or None,
-        ),
+        _features(batch_invariant=batch_invariant or None),
+        attention_chunk,
+        max_seqlen_k_new,
     )
     key = None
     run = None
-    if cu_seqlens_k_new is None and leftpad is None:  # FA3's extra tensors are no part of a key
-        try:
-            key = (
-                ver,
-                scalars,
-                type(ver),
-                *map(type, scalars),
-                *map(type, window),
-                # What FA3 is given beside the scalars, which only say whether it was used.
-                (max_seqlen_k_new, attention_chunk, pack_gqa),
-                dispatch.is_strict(),
-                *map(_signature, (*lengths, out)),
-            )
-            run = _SCHEDULES.get(key)
-        except (AttributeError, TypeError):
-            key = None
+    try:
+        key = (
+            ver,
+            scalars,
+            type(ver),
+            *map(type, scalars),
+            *map(type, window),
+            pack_gqa,  # FA3 is given it
+            dispatch.is_strict(),
+            *map(signature, (*lengths, out)),
+        )
+        run = _SCHEDULES.get(key)
+    except (AttributeError, TypeError):
+        key = None
     if run is None:
         options = normalize.MetadataOptions(*scalars)
         spec, bounds = normalize.schedule(lengths, out, options)
@@ -729,13 +701,11 @@ def get_scheduler_metadata(
             "headdim": headdim,
             "headdim_v": headdim_v,
             "qkv_dtype": qkv_dtype,
-            "cu_seqlens_k_new": cu_seqlens_k_new,
-            "cache_leftpad": leftpad,
             "page_size": page_size,
             "max_seqlen_k_new": max_seqlen_k_new,
             "causal": causal,
             "window_size": (spec.window_left, -1 if causal else spec.window_right),
-            "attention_chunk": attention_chunk or 0,
+            "attention_chunk": spec.attention_chunk,
             "has_softcap": has_softcap,
             "num_splits": num_splits,
             "pack_gqa": pack_gqa,
@@ -743,7 +713,7 @@ def get_scheduler_metadata(
         }
         run = dispatch.prepare_schedule(ver, spec, bounds, lengths, arguments)
         if key is not None:
-            if len(_SCHEDULES) >= _MAX_RECORDS:
+            if len(_SCHEDULES) >= MAX_RECORDS:
                 _SCHEDULES.clear()
             _SCHEDULES[key] = run
     return run(lengths, out)

@@ -183,6 +183,8 @@ def _fa3_schedule(
         "cu_seqlens_q": lengths.cu_seqlens_q,
         "cu_seqlens_k": lengths.cu_seqlens_k,
         "seqused_q": lengths.seqused_q,
+        "cu_seqlens_k_new": lengths.cu_seqlens_k_new,
+        "cache_leftpad": lengths.cache_leftpad,
     }
     made = cast(torch.Tensor, adapter.scheduler_metadata(given))
     if out is None:

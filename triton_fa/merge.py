@@ -6,6 +6,9 @@ included, is never read.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 
 from triton_fa.checks import (
@@ -16,6 +19,7 @@ from triton_fa.checks import (
     require_shape,
     require_tensor,
 )
+from triton_fa.device import runs_triton
 from triton_fa.errors import ArgumentError, ArgumentTypeError
 
 MAX_SPLITS = 256
@@ -71,12 +75,22 @@ def flash_attn_combine(
         require_device("out", out, out_partial.device, "out_partial")
     require_no_grad({"out_partial": out_partial, "lse_partial": lse_partial, "out": out})
 
-    merged, lse = _merge(out_partial, lse_partial)
+    rows = lse_partial.shape[1:]  # (batch, seqlen, heads) or (total, heads)
     if out is None:
-        out = merged.to(torch.float32 if out_dtype is None else out_dtype)
-    else:
+        dtype = torch.float32 if out_dtype is None else out_dtype
+        out = out_partial.new_empty(out_partial.shape[1:], dtype=dtype)
+    lse = lse_partial.new_empty((*rows[:-2], rows[-1], rows[-2])).transpose(-1, -2)
+    kernels = _kernels(out_partial.device)
+    if kernels is None:
+        merged, total = _merge(out_partial, lse_partial)
         out.copy_(merged)
-    return out, lse.transpose(-1, -2).contiguous().transpose(-1, -2)
+        lse.copy_(total)
+    elif out.dim() == 3:  # packed: a batch of one
+        parts = out_partial.unsqueeze(1), lse_partial.unsqueeze(1)
+        kernels.merge_splits(*parts, out.unsqueeze(0), lse.unsqueeze(0))
+    else:
+        kernels.merge_splits(out_partial, lse_partial, out, lse)
+    return out, lse
 
 
 def merge_state(
@@ -124,9 +138,26 @@ def merge_state(
             require_device(name, tensor, v_a.device, "v_a")
     require_no_grad(states | sums)
 
+    kernels = _kernels(v_a.device)
+    if v_merged is None:
+        v_merged = torch.empty_like(v_a)
+    if s_merged is None:
+        s_merged = torch.empty_like(s_a)
+    if kernels is not None:
+        kernels.merge_pair(v_a, s_a, v_b, s_b, v_merged, s_merged)
+        return v_merged, s_merged
     merged, lse = _merge(torch.stack((v_a.float(), v_b.float())), torch.stack((s_a, s_b)))
-    v = merged.to(v_a.dtype) if v_merged is None else v_merged.copy_(merged)
-    return v, lse if s_merged is None else s_merged.copy_(lse)
+    return v_merged.copy_(merged), s_merged.copy_(lse)
+
+
+def _kernels(device: torch.device) -> Any:
+    """The module that merges with Triton where it runs; PyTorch does elsewhere."""
+    if not runs_triton(device):
+        return None
+    try:
+        return importlib.import_module("triton_fa.kernels.merge")
+    except ImportError:
+        return None
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from triton_fa.checks import (
     require_tensor,
 )
 from triton_fa.errors import ArgumentError, ArgumentTypeError, ArgumentValueError, LayoutError
-from triton_fa.problem import Lengths, Problem, Tensors
+from triton_fa.problem import Append, Lengths, Problem, Tensors
 from triton_fa.spec import AttnSpec, Bounds, KeyLayout, QueryLayout, metadata_entries
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,6 +43,8 @@ class Options:
     features: frozenset[str] = frozenset()
     return_lse: bool = False
     pack_gqa: bool | None = None
+    attention_chunk: int | None = 0
+    rotary_interleaved: bool = True
 
 
 def problem(tensors: Tensors, options: Options) -> Problem:
@@ -78,7 +80,22 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         if lengths is not None:
             shown = "cache_seqlens" if (name, options.entry) == ("seqused_k", "kvcache") else name
             require_index(shown, lengths, (batch,), q.device)
+    for name in ("cache_batch_idx", "cache_leftpad"):
+        per_sequence = getattr(tensors, name)
+        if per_sequence is not None:
+            require_index(name, per_sequence, (batch,), q.device)
+    rows = (k if tensors.page_table is None else tensors.page_table).shape[0]
+    if tensors.cache_batch_idx is not None and batch and rows == 0:
+        name = names[0] if tensors.page_table is None else "page_table"
+        raise ArgumentError(f"cache_batch_idx: expected a row of {name} to name, got none")
     fixed_seqlen_k = _fixed_seqlen_k(tensors, options, key_layout, max_seqlen_k)
+    total_new, max_seqlen_new, rotary_dim = 0, 0, 0
+    if tensors.append is not None:
+        bounds = Bounds(batch, total_q, max_seqlen_q, max_seqlen_k, fixed_seqlen_k)
+        total_new, max_seqlen_new = _check_append(
+            tensors, tensors.append, bounds, options.fixed_seqlen_k is not None
+        )
+        rotary_dim = _check_rotary(tensors, tensors.append, bounds)
 
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
     if heads_q == 0 or heads_kv == 0 or heads_q % heads_kv:
@@ -131,11 +148,16 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         softcap=softcap,
         num_splits=max(0, _plain_int("num_splits", options.num_splits)),
         sm_margin=require_int("sm_margin", options.sm_margin, 0),
-        features=options.features | _tensor_features(tensors),
+        features=options.features | _tensor_features(tensors) | _chunk_feature(options),
         sinks_dtype=None if tensors.sinks is None else tensors.sinks.dtype,
         pack_gqa=_pack_gqa(options),
+        attention_chunk=_attention_chunk(options.attention_chunk),
+        rotary_dim=rotary_dim,
+        rotary_interleaved=require_bool("rotary_interleaved", options.rotary_interleaved),
     )
-    bounds = Bounds(batch, total_q, max_seqlen_q, max_seqlen_k, fixed_seqlen_k)
+    bounds = Bounds(
+        batch, total_q, max_seqlen_q, max_seqlen_k, fixed_seqlen_k, total_new, max_seqlen_new
+    )
     return Problem(spec, bounds, tensors, require_bool("return_softmax_lse", options.return_lse))
 
 
@@ -174,7 +196,8 @@ def _check_keys(
         require_rank(names[0], k, 4, "(pages, page_size, heads, head_dim) with page_table")
         table = require_tensor("page_table", tensors.page_table)
         require_rank("page_table", table, 2, "(batch, max_pages_per_sequence)")
-        require_index("page_table", table, (batch, table.shape[1]), q.device)
+        rows = batch if tensors.cache_batch_idx is None else table.shape[0]
+        require_index("page_table", table, (rows, table.shape[1]), q.device)
         if k.shape[1] == 0:
             raise ArgumentError(f"{names[0]}: expected page_size of at least 1, got 0")
         if options.entry == "varlen" and tensors.seqused_k is None:
@@ -194,7 +217,7 @@ def _check_keys(
     else:
         layout = "dense"
         require_rank(names[0], k, 4, "(batch, seqlen_k, heads, head_dim)")
-        if k.shape[0] != batch:
+        if k.shape[0] != batch and tensors.cache_batch_idx is None:
             raise ArgumentError(f"{names[0]}: expected batch {batch}, got {k.shape[0]}")
         most = k.shape[1]
     if layout != "packed" and options.max_seqlen_k is not None:
@@ -221,6 +244,96 @@ def _fixed_seqlen_k(
     if tensors.seqused_k is not None or layout == "packed":
         return None
     return max_seqlen_k
+
+
+def _check_append(
+    tensors: Tensors, append: Append, bounds: Bounds, has_length: bool
+) -> tuple[int, int]:
+    """Validate new keys and values: how many there are, and at most in one sequence."""
+    q, cache, v_cache, batch = tensors.q, tensors.k, tensors.v, bounds.batch
+    given = {name: value for name, value in append._asdict().items() if value is not None}
+    if "k" not in given and "v" not in given:
+        name = next(name for name in given if name.startswith("rotary"))
+        raise ArgumentError(f"{name}: expected None without k (new keys), got a tensor")
+    for name, other in (("k", "v"), ("v", "k")):
+        if name not in given:
+            raise ArgumentError(f"{name}: expected a tensor together with {other}, got None")
+    k, v = require_tensor("k", append.k), require_tensor("v", append.v)
+    if tensors.seqused_k is None and not has_length:
+        raise ArgumentError("cache_seqlens: expected key lengths together with k, got None")
+    require_no_grad({"k": k, "v": v})
+    _check_dtypes(q, {"k": k, "v": v})
+    heads = cache.shape[-2]
+    if append.cu_seqlens_k_new is None:
+        require_rank("k", k, 4, "(batch, seqlen_new, heads, head_dim) without cu_seqlens_k_new")
+        require_shape("k", k, (batch, k.shape[1], heads, cache.shape[-1]))
+        total, most = batch * k.shape[1], k.shape[1]
+    else:
+        require_rank("k", k, 3, "(total_new, heads, head_dim) with cu_seqlens_k_new")
+        require_shape("k", k, (k.shape[0], heads, cache.shape[-1]))
+        prefix = require_tensor("cu_seqlens_k_new", append.cu_seqlens_k_new)
+        require_index("cu_seqlens_k_new", prefix, (batch + 1,), q.device)
+        total = most = k.shape[0]
+    require_shape("v", v, (*k.shape[:-1], v_cache.shape[-1]))
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise LayoutError(f"{name}: expected last stride 1, got strides {tensor.stride()}")
+    if bounds.max_seqlen_q > bounds.max_seqlen_k:
+        raise ArgumentError(
+            f"k: expected a cache of at least max_seqlen_q={bounds.max_seqlen_q} keys, "
+            f"got {bounds.max_seqlen_k}"
+        )
+    fixed = None if append.cu_seqlens_k_new is not None else bounds.fixed_seqlen_k
+    if fixed is not None and fixed + most > bounds.max_seqlen_k:
+        raise ArgumentError(
+            f"cache_seqlens: expected at most {bounds.max_seqlen_k - most} (what the cache can "
+            f"hold beside {most} new keys), got {fixed}"
+        )
+    return total, most
+
+
+def _check_rotary(tensors: Tensors, append: Append, bounds: Bounds) -> int:
+    """Validate the rotation: how many leading dims it turns, 0 without one."""
+    cos, sin = append.rotary_cos, append.rotary_sin
+    if cos is None and sin is None:
+        if append.rotary_seqlens is not None:
+            raise ArgumentError("rotary_seqlens: expected None without rotary_cos")
+        return 0
+    for name, value, other in (("rotary_cos", cos, "sin"), ("rotary_sin", sin, "cos")):
+        if value is None:
+            raise ArgumentError(f"{name}: expected a tensor together with rotary_{other}, got None")
+    q = tensors.q
+    cos, sin = require_tensor("rotary_cos", cos), require_tensor("rotary_sin", sin)
+    require_no_grad({"rotary_cos": cos, "rotary_sin": sin})
+    _check_dtypes(q, {"rotary_cos": cos, "rotary_sin": sin})
+    require_rank("rotary_cos", cos, 2, "(positions, rotary_dim / 2)")
+    dim = 2 * cos.shape[1]
+    if dim % 16 or not 0 < dim <= q.shape[-1]:
+        raise ArgumentError(
+            f"rotary_cos: expected a rotary_dim (twice its last size) that is a multiple of 16 "
+            f"up to {q.shape[-1]}, got {dim}"
+        )
+    least = max(1, bounds.max_seqlen_k if tensors.page_table is not None else 1)
+    if cos.shape[0] < least:
+        raise ArgumentError(
+            f"rotary_cos: expected at least {least} positions, as many as the cache has, "
+            f"got {cos.shape[0]}"
+        )
+    require_shape("rotary_sin", sin, tuple(cos.shape))
+    for name, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
+        if not tensor.is_contiguous():
+            raise LayoutError(f"{name}: expected a contiguous tensor, got {tensor.stride()}")
+    if append.rotary_seqlens is not None:
+        require_index("rotary_seqlens", append.rotary_seqlens, (bounds.batch,), q.device)
+    return dim
+
+
+def _attention_chunk(value: object) -> int:
+    return 0 if value is None else require_int("attention_chunk", value, 0)
+
+
+def _chunk_feature(options: Options) -> frozenset[str]:
+    return frozenset(["attention_chunk"] if options.attention_chunk else [])
 
 
 def _window(causal: object, window: object) -> tuple[int, int]:
@@ -257,6 +370,16 @@ def _check_metadata(name: str, value: object, batch: int, device: torch.device) 
 def _tensor_features(tensors: Tensors) -> frozenset[str]:
     present = {"sinks": tensors.sinks, "scheduler_metadata": tensors.scheduler_metadata}
     present |= {"seqused_q": tensors.seqused_q, "out": tensors.out}
+    present |= {
+        "cache_batch_idx": tensors.cache_batch_idx,
+        "cache_leftpad": tensors.cache_leftpad,
+    }
+    if tensors.append is not None:
+        present |= {
+            "k": tensors.append.k,
+            "rotary_cos": tensors.append.rotary_cos,
+            "rotary_seqlens": tensors.append.rotary_seqlens,
+        }
     return frozenset(name for name, tensor in present.items() if tensor is not None)
 
 
@@ -279,6 +402,8 @@ class MetadataOptions:
     num_splits: int
     sm_margin: int
     features: frozenset[str]
+    attention_chunk: int | None = 0
+    max_seqlen_k_new: int = 0
 
 
 def schedule(
@@ -289,11 +414,12 @@ def schedule(
     batch = require_int("batch_size", options.batch_size, 0)
     device = seqused_k.device
     require_index("cache_seqlens", seqused_k, (batch,), device)
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new"):
         if (prefix := getattr(lengths, name)) is not None:
             require_index(name, prefix, (batch + 1,), device)
-    if lengths.seqused_q is not None:
-        require_index("seqused_q", lengths.seqused_q, (batch,), device)
+    for name in ("seqused_q", "cache_leftpad"):
+        if (per_sequence := getattr(lengths, name)) is not None:
+            require_index(name, per_sequence, (batch,), device)
     if out is not None:
         _check_metadata("out", out, batch, device)
         require_shape("out", out, (metadata_entries(batch),))
@@ -334,6 +460,9 @@ def schedule(
         features=options.features,
         sinks_dtype=None,
         pack_gqa=None,
+        attention_chunk=_attention_chunk(options.attention_chunk),
     )
-    # Query tokens are not known here, and nothing of a tensor is addressed by them.
-    return spec, Bounds(batch, 2**31 - 1, max_q, max_k, None)
+    new = require_int("max_seqlen_k_new", options.max_seqlen_k_new, 0)
+    # Tokens are not known here, and nothing of a tensor is addressed by them.
+    total = 2**31 - 1
+    return spec, Bounds(batch, total, max_q, max_k, None, total if new else 0, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ class StepSchedules(NamedTuple):
     """What the layers of one step pass as `scheduler_metadata`."""
 
     full: torch.Tensor
-    sliding: torch.Tensor | None  # of layers with the planner's window; None without one
+    sliding: torch.Tensor | None  # of layers with the planner's window or chunk; None without one
 
 
 class StepPlanner:
@@ -38,6 +39,7 @@ class StepPlanner:
         dtype: torch.dtype = torch.bfloat16,
         page_size: int | None = None,
         window_size: tuple[int, int] | None = None,
+        attention_chunk: int = 0,
         has_softcap: bool = False,
         num_splits: int = 0,
         sm_margin: int = 0,
@@ -56,6 +58,7 @@ class StepPlanner:
             dtype: Of queries, keys and values.
             page_size: Tokens of a page; None: not paged.
             window_size: (left, right) of the sliding-window layers; None if there are none.
+            attention_chunk: Of the same layers, or of the chunked ones of a model without windows.
             has_softcap: Whether the attention calls have a softcap.
             num_splits: As of the attention calls.
             sm_margin: As of the attention calls.
@@ -78,10 +81,11 @@ class StepPlanner:
             "batch_invariant": batch_invariant,
             "ver": ver,
         }
-        self._window = window_size
+        has_local = window_size is not None or attention_chunk > 0
+        self._local = {"window_size": window_size or (-1, -1), "attention_chunk": attention_chunk}
         entries = metadata_entries(max_batch)
         self._full = torch.zeros(entries, dtype=torch.int32, device=device)
-        self._sliding = None if window_size is None else torch.zeros_like(self._full)
+        self._sliding = torch.zeros_like(self._full) if has_local else None
 
     def plan(
         self,
@@ -90,6 +94,9 @@ class StepPlanner:
         max_seqlen_k: int,
         max_seqlen_q: int = 1,
         cu_seqlens_q: torch.Tensor | None = None,
+        cache_leftpad: torch.Tensor | None = None,
+        cu_seqlens_k_new: torch.Tensor | None = None,
+        max_seqlen_k_new: int = 0,
     ) -> StepSchedules:
         """Refill the buffers from the lengths on the device; no host synchronisation.
 
@@ -99,6 +106,10 @@ class StepPlanner:
             max_seqlen_q: Upper bound of query lengths.
             cu_seqlens_q: (batch + 1,) int32 prefix sums of query lengths; None: all are
                 max_seqlen_q.
+            cache_leftpad: (batch,) int32 first keys in use.
+            cu_seqlens_k_new: (batch + 1,) int32 prefix sums of appended lengths; None: all are
+                max_seqlen_k_new.
+            max_seqlen_k_new: Upper bound of appended lengths.
 
         Returns:
             The same memory for every call with this batch.
@@ -112,19 +123,22 @@ class StepPlanner:
                 f"cache_seqlens: expected at most {self.max_batch} lengths, got {batch}"
             )
 
-        def fill(buffer: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+        def fill(buffer: torch.Tensor, mask: Mapping[str, object]) -> torch.Tensor:
             return get_scheduler_metadata(
                 batch,
                 max_seqlen_q,
                 max_seqlen_k,
                 cache_seqlens=cache_seqlens,
                 cu_seqlens_q=cu_seqlens_q,
-                window_size=window,
+                cache_leftpad=cache_leftpad,
+                cu_seqlens_k_new=cu_seqlens_k_new,
+                max_seqlen_k_new=max_seqlen_k_new,
                 out=buffer[: metadata_entries(batch)],
                 **self._model,  # type: ignore[arg-type]  # a dict of mixed values
+                **mask,  # type: ignore[arg-type]  # the same
             )
 
-        full = fill(self._full, (-1, -1))
-        if self._sliding is None or self._window is None:
+        full = fill(self._full, {})
+        if self._sliding is None:
             return StepSchedules(full, None)
-        return StepSchedules(full, fill(self._sliding, self._window))
+        return StepSchedules(full, fill(self._sliding, self._local))

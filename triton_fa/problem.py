@@ -10,12 +10,28 @@ import torch
 from triton_fa.spec import AttnSpec, Bounds
 
 
+class Append(NamedTuple):
+    """Keys and values that a call writes into its cache first, and the rotation of them and of q.
+
+    k, v: (batch, seqlen_new, heads_kv, dim), or (total_new, heads_kv, dim) with cu_seqlens_k_new.
+    rotary_cos, rotary_sin: (positions, rotary_dim / 2).
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_k_new: torch.Tensor | None = None
+    rotary_cos: torch.Tensor | None = None
+    rotary_sin: torch.Tensor | None = None
+    rotary_seqlens: torch.Tensor | None = None
+
+
 class Tensors(NamedTuple):
     """The tensors of a call, in canonical spelling; the caller's own objects, never copies.
 
     q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with cu_seqlens_q.
     k, v: (batch, seqlen_k, heads_kv, dim) dense, (total_k, heads_kv, dim) packed, or
-    (num_pages, page_size, heads_kv, dim) paged.
+    (num_pages, page_size, heads_kv, dim) paged. cache_batch_idx names a sequence's row of a dense
+    cache or of page_table; cache_leftpad is its first key in use.
     """
 
     q: torch.Tensor
@@ -29,6 +45,9 @@ class Tensors(NamedTuple):
     seqused_k: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
     scheduler_metadata: torch.Tensor | None = None
+    cache_batch_idx: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
+    append: Append | None = None
 
 
 class Lengths(NamedTuple):
@@ -38,6 +57,8 @@ class Lengths(NamedTuple):
     cu_seqlens_k: torch.Tensor | None = None
     seqused_q: torch.Tensor | None = None
     seqused_k: torch.Tensor | None = None
+    cu_seqlens_k_new: torch.Tensor | None = None
+    cache_leftpad: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

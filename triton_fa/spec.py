@@ -43,6 +43,9 @@ class AttnSpec:
     features: frozenset[str]
     sinks_dtype: torch.dtype | None = None  # None without sinks
     pack_gqa: bool | None = None  # a hint, passed on to FA3 and FA4
+    attention_chunk: int = 0  # 0: none
+    rotary_dim: int = 0  # 0: no rotation
+    rotary_interleaved: bool = True
 
     @property
     def batch_invariant(self) -> bool:
@@ -64,8 +67,17 @@ class Bounds:
     max_seqlen_q: int
     max_seqlen_k: int  # keys one sequence can have: table width x page size, or the key tensor's
     fixed_seqlen_k: int | None  # the length of every sequence where no device tensor gives one
+    total_new: int = 0  # appended keys of all sequences together
+    max_seqlen_new: int = 0  # and of one sequence at most
 
 
 def metadata_entries(batch: int) -> int:
     """int32 entries of the scheduler metadata of `batch` sequences."""
     return 4 * (-(-batch // 4) * 4) + 1
+
+
+def moving_positions(spec: AttnSpec, bounds: Bounds) -> bool:
+    """Whether query i is rotated by its own position, as FA3 does for masks that hide any key."""
+    hides_left = 0 <= spec.window_left < bounds.max_seqlen_k - 1
+    hides_right = 0 <= spec.window_right < bounds.max_seqlen_q - 1
+    return hides_left or hides_right or spec.window_right == 0 or spec.attention_chunk > 0

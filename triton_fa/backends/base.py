@@ -37,7 +37,10 @@ def allocate(problem: Problem, tensors: Tensors) -> AttnResult:
     q = tensors.q
     out = tensors.out
     if out is None:
-        out = q.new_empty((*q.shape[:-1], problem.spec.head_dim_v))
+        if q.shape[-1] == problem.spec.head_dim_v and q.is_contiguous():
+            out = torch.empty_like(q)  # the quicker of the two
+        else:
+            out = q.new_empty((*q.shape[:-1], problem.spec.head_dim_v))
     lse = None
     if problem.return_lse:
         heads_last = q.shape[:-1]  # (total_q, heads_q) or (batch, seqlen_q, heads_q)

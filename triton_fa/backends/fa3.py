@@ -2,7 +2,9 @@
 
 The same kernels are published by several packages with different signatures, so what a provider
 takes is read from its functions once, when it is loaded. What FA3 returns is passed on as it is:
-an empty key tensor gives its lse of +inf, a tile without any key leaves the sink out.
+an empty key tensor gives its lse of +inf, a tile without any key leaves the sink out. New keys are
+appended by the tiles that read them: those that no query of their sequence sees may be left out,
+all of them where a sequence has no query.
 """
 
 from __future__ import annotations
@@ -28,10 +30,19 @@ from triton_fa.spec import AttnSpec
 
 HUB_REPOSITORY = "kernels-community/sgl-flash-attn3"
 SUPPORTED_FEATURES = frozenset({"sinks", "scheduler_metadata", "seqused_q", "out"})
+# Arguments that a provider takes, or does not, under these names.
+OPTIONAL_FEATURES = {
+    "k": ("k", "v", "cu_seqlens_k_new"),
+    "rotary_cos": ("rotary_cos", "rotary_sin", "rotary_interleaved"),
+    "rotary_seqlens": ("rotary_seqlens",),
+    "cache_batch_idx": ("cache_batch_idx",),
+    "cache_leftpad": ("cache_leftpad",),
+    "attention_chunk": ("attention_chunk",),
+}
 MAX_SINKS = 64  # FA3 stages them in shared memory of this size, without a check
 MAX_SPLITS = 255  # the split number is packed in 8 bits
-# What one argument of `get_scheduler_metadata` is called by different providers.
-METADATA_SPELLINGS = {
+# What one argument is called by other providers.
+SPELLINGS = {
     "num_heads_q": "num_heads",
     "num_heads_kv": "num_heads_k",
     "cache_leftpad": "leftpad_k",
@@ -51,6 +62,11 @@ class Function:
         """The function `name` of `module`."""
         function = getattr(module, name)
         return cls(function, frozenset(inspect.signature(function).parameters))
+
+    def spelled(self, name: str) -> str:
+        """What the function calls the argument `name`; `name` itself if it has no such."""
+        other = SPELLINGS.get(name, name)
+        return other if other in self.parameters else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,8 @@ class FA3Backend:
         if isinstance(provider, str):
             return [provider]
         reasons = [
-            f"{name} is not supported yet" for name in sorted(spec.features - SUPPORTED_FEATURES)
+            f"{name} is not supported yet"
+            for name in sorted(spec.features - SUPPORTED_FEATURES - OPTIONAL_FEATURES.keys())
         ]
         if spec.dtype not in (torch.float16, torch.bfloat16):
             reasons.append(f"q: dtype {_dtype(spec.dtype)}: expected float16 or bfloat16")
@@ -101,6 +118,10 @@ class FA3Backend:
             reasons.append("scheduler_metadata together with cu_seqlens_k or seqused_q")
         if "sinks" in spec.features:
             reasons += _sink_reasons(spec, provider, function)
+        for feature in sorted(spec.features & OPTIONAL_FEATURES.keys()):
+            for name in OPTIONAL_FEATURES[feature]:
+                if function.spelled(name) not in function.parameters:
+                    reasons.append(f"{name}: {provider.detail} does not take it")
         return reasons
 
     def prepare(self, problem: Problem) -> Run:
@@ -108,12 +129,16 @@ class FA3Backend:
         provider = load_provider()
         if isinstance(provider, str):
             raise BackendUnavailableError(3, provider)
+        if problem.spec.rotary_dim and not problem.bounds.total_new:
+            raise UnsupportedError(3, ["rotary_cos: nothing is rotated where k has no token"])
         if without_work(problem):
+            if problem.bounds.total_new:
+                raise UnsupportedError(3, ["k: nothing is appended where q has no token"])
             bare = problem.without_tensors()
             return lambda tensors: allocate(bare, tensors)
         function = _function(provider, problem.spec)
         if function is provider.with_kvcache:
-            arguments = _kvcache_arguments(problem)
+            arguments = _kvcache_arguments(problem, function)
         else:
             arguments = _varlen_arguments(problem)
         fixed = _fixed_arguments(problem, function)
@@ -257,16 +282,21 @@ def _fixed_arguments(problem: Problem, function: Function) -> dict[str, Any]:
         "pack_gqa": spec.pack_gqa,
         "sm_margin": spec.sm_margin,
     }
+    if spec.attention_chunk:
+        fixed["attention_chunk"] = spec.attention_chunk
+    if spec.rotary_dim:
+        fixed["rotary_interleaved"] = spec.rotary_interleaved
     if problem.return_lse:
         spellings = ("return_softmax_lse", "return_attn_probs")
         fixed[next(name for name in spellings if name in function.parameters)] = True
     return fixed
 
 
-def _kvcache_arguments(problem: Problem) -> Callable[[Tensors], dict[str, Any]]:
+def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensors], dict[str, Any]]:
     packed = problem.spec.query_layout == "packed"
     fixed: dict[str, Any] = {"max_seqlen_q": problem.bounds.max_seqlen_q} if packed else {}
     lengths = _same_lengths(problem)
+    leftpad = function.spelled("cache_leftpad")
 
     def arguments(tensors: Tensors) -> dict[str, Any]:
         given = dict(fixed)
@@ -275,7 +305,11 @@ def _kvcache_arguments(problem: Problem) -> Callable[[Tensors], dict[str, Any]]:
             "page_table": tensors.page_table,
             "cu_seqlens_q": tensors.cu_seqlens_q,
             "scheduler_metadata": tensors.scheduler_metadata,
+            "cache_batch_idx": tensors.cache_batch_idx,
+            leftpad: tensors.cache_leftpad,
         }
+        if tensors.append is not None:
+            optional |= tensors.append._asdict()
         given.update({name: value for name, value in optional.items() if value is not None})
         return {"q": tensors.q, "k_cache": tensors.k, "v_cache": tensors.v, **given}
 
@@ -291,7 +325,7 @@ def _same_lengths(problem: Problem) -> Callable[[], torch.Tensor | None]:
     if tensors.seqused_k is not None:
         return lambda: None
     full = spec.key_layout == "dense" and bounds.fixed_seqlen_k == bounds.max_seqlen_k
-    if full and tensors.scheduler_metadata is None:
+    if full and tensors.scheduler_metadata is None and tensors.append is None:
         return lambda: None
     return fixed_lengths(problem)
 
@@ -345,16 +379,11 @@ def scheduler_metadata(arguments: Mapping[str, Any]) -> torch.Tensor:
         raise BackendUnavailableError(3, provider)
     if provider.metadata is None:
         raise BackendUnavailableError(3, f"{provider.detail} has no get_scheduler_metadata")
-    known = provider.metadata.parameters
-    named = {
-        name if name in known else METADATA_SPELLINGS.get(name, name): value
-        for name, value in arguments.items()
-        if value is not None
-    }
-    missing = sorted(set(named) - known)
-    if missing:
+    function = provider.metadata
+    named = {function.spelled(n): value for n, value in arguments.items() if value is not None}
+    if missing := sorted(named.keys() - function.parameters):
         raise UnsupportedError(3, [f"{name}: {provider.detail} has no such" for name in missing])
-    metadata: torch.Tensor = provider.metadata.call(**named)
+    metadata: torch.Tensor = function.call(**named)
     return metadata
 
 

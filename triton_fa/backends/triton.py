@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -15,11 +16,23 @@ from triton_fa.checks import require_shape
 from triton_fa.kernels import plans
 from triton_fa.kernels.compat import INTERPRETED
 from triton_fa.kernels.launch import Launch
-from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
+from triton_fa.problem import Append, AttnResult, Lengths, Problem, Tensors
 from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
 SUPPORTED_FEATURES = frozenset(
-    {"sinks", "scheduler_metadata", "seqused_q", "out", "batch_invariant"}
+    {
+        "sinks",
+        "scheduler_metadata",
+        "seqused_q",
+        "out",
+        "batch_invariant",
+        "k",
+        "rotary_cos",
+        "rotary_seqlens",
+        "cache_batch_idx",
+        "cache_leftpad",
+        "attention_chunk",
+    }
 )
 
 
@@ -59,14 +72,9 @@ class TritonBackend:
         metadata = problem.tensors.scheduler_metadata
         if metadata is not None:
             require_shape("scheduler_metadata", metadata, (metadata_entries(bounds.batch),))
-        if without_work(problem):
-            bare = problem.without_tensors()
-            return lambda tensors: allocate(bare, tensors)
-        stand_ins = _stand_ins(problem.tensors)
-        if not stand_ins:
-            return _launches(problem)
-        inner = _launches(replace(problem, tensors=problem.tensors._replace(**stand_ins)))
-        return lambda tensors: inner(tensors._replace(**stand_ins))
+        if problem.tensors.append is None:
+            return _attend(problem)
+        return _append_and_attend(problem, problem.tensors.append)
 
     def prepare_schedule(
         self, spec: AttnSpec, bounds: Bounds, lengths: Lengths
@@ -85,17 +93,54 @@ def _fill_zero(metadata: torch.Tensor) -> None:
     metadata.zero_()
 
 
+def _attend(problem: Problem) -> Run:
+    """Attention alone: of an appending call, over what was appended before."""
+    if without_work(problem):
+        bare = problem.without_tensors()
+        return lambda tensors: allocate(bare, tensors)
+    stand_ins = _stand_ins(problem.tensors)
+    if not stand_ins:
+        return _launches(problem)
+    inner = _launches(replace(problem, tensors=problem.tensors._replace(**stand_ins)))
+    return lambda tensors: inner(tensors._replace(**stand_ins))
+
+
+def _append_and_attend(problem: Problem, new: Append) -> Run:
+    spec, bounds, tensors = problem.spec, problem.bounds, problem.tensors
+    has_place = tensors.k.numel() and tensors.v.numel() and bounds.max_seqlen_k
+    turns = spec.rotary_dim > 0 and bounds.total_q > 0
+    if not has_place or not (bounds.total_new or turns):
+        return _attend(problem)
+    device = spec.device
+
+    def turned(q: torch.Tensor) -> torch.Tensor:
+        return torch.empty(q.shape, dtype=q.dtype, device=device) if turns else q
+
+    example = turned(tensors.q)
+    step = plans.append(problem, new)
+    enqueue = _enqueuer([step], plans.append_tensors(tensors, new, example), device)
+    inner = _attend(replace(problem, tensors=tensors._replace(q=example)))
+
+    def run(given: Tensors) -> AttnResult:
+        assert given.append is not None
+        q = turned(given.q)
+        enqueue(plans.append_tensors(given, given.append, q))
+        return inner(given._replace(q=q))
+
+    return run
+
+
 def _launches(problem: Problem) -> Run:
     device = problem.spec.device
     planned = plans.plan(problem, device_facts.facts(device))
     bare = problem.without_tensors()
 
-    def workspace(size: int, dtype: torch.dtype) -> torch.Tensor | None:
-        return torch.empty(size, dtype=dtype, device=device) if size else None
+    part_like = _pattern(planned.partial_floats, torch.float32, device)
+    plan_like = _pattern(planned.plan_entries, torch.int32, device)
 
     def call_tensors(tensors: Tensors, result: AttnResult) -> CallTensors:
-        part = workspace(planned.partial_floats, torch.float32)
-        prefill_plan = workspace(planned.plan_entries, torch.int32)
+        part = None if part_like is None else torch.empty_like(part_like)
+        prefill_plan = None if plan_like is None else torch.empty_like(plan_like)
         return plans.call_tensors(tensors, result, part, prefill_plan)
 
     example = call_tensors(problem.tensors, allocate(bare, problem.tensors))
@@ -107,6 +152,11 @@ def _launches(problem: Problem) -> Run:
         return result
 
     return run
+
+
+def _pattern(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """One element that `torch.empty_like` makes a workspace from, quicker than `torch.empty`."""
+    return torch.empty(1, dtype=dtype, device=device).expand(size) if size else None
 
 
 def _enqueuer(
@@ -139,12 +189,12 @@ def _enqueuer(
     return enqueue
 
 
-def _stand_ins(tensors: Tensors) -> dict[str, torch.Tensor]:
+def _stand_ins(tensors: Tensors) -> dict[str, Any]:
     """What replaces tensors without any element, which have no address to read from.
 
     One key of zeros, any place of any batch, for the keys and values; page 0 for a page table.
     """
-    made: dict[str, torch.Tensor] = {}
+    made: dict[str, Any] = {}
     k, v, table = tensors.k, tensors.v, tensors.page_table
     if not (k.numel() and v.numel()):
         zeros = k.new_zeros(max(k.shape[-1], v.shape[-1], 1))

@@ -27,6 +27,8 @@ def combine_kernel(
     cu_seqlens_k_ptr,
     seqused_q_ptr,
     seqused_k_ptr,
+    cu_seqlens_k_new_ptr,
+    leftpad_ptr,
     sinks_ptr,
     out_stride_b,
     out_stride_t,
@@ -40,12 +42,14 @@ def combine_kernel(
     fixed_seqlen_q,
     fixed_seqlen_k,
     max_seqlen_k,
+    fixed_seqlen_new,
     programs,
     num_slots,
     smallest_chunk,
     most_pieces,
     window_left,
     window_right,
+    attention_chunk,
     NUM_HEADS_KV: tl.constexpr,
     HEADS_DIVIDE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -79,8 +83,11 @@ def combine_kernel(
         total_k,
         fixed_seqlen_k,
         max_seqlen_k,
+        cu_seqlens_k_new_ptr,
+        fixed_seqlen_new,
+        leftpad_ptr,
     )
-    windows = (window_left, window_right)
+    windows = (window_left, window_right, attention_chunk)
     part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * V)
     pid = tl.program_id(0)
     CHUNKED: tl.constexpr = most_pieces is not None
@@ -123,7 +130,7 @@ def combine_kernel(
             BLOCK_B,
             ONE_BLOCK,
         )
-    first_q, seqlen_q, _, _, _, _, num_tiles = decode_work(
+    first_q, seqlen_q, _, _, _, _, _, num_tiles = decode_work(
         seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
     )
     if CHUNKED:

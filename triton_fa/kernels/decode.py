@@ -33,9 +33,11 @@ from triton_fa.kernels.primitives import (
     NEG_INF,
     NO_SCORE,
     VARYING,
+    cache_row,
     dot,
     finish,
     page_ids,
+    seen_keys,
     softcapped,
 )
 
@@ -64,6 +66,9 @@ def decode_kernel(
     cu_seqlens_k_ptr,
     seqused_q_ptr,
     seqused_k_ptr,
+    cu_seqlens_k_new_ptr,
+    leftpad_ptr,
+    batch_idx_ptr,
     sinks_ptr,
     out_stride_b,
     out_stride_t,
@@ -87,6 +92,8 @@ def decode_kernel(
     fixed_seqlen_q,
     fixed_seqlen_k,
     max_seqlen_k,
+    fixed_seqlen_new,
+    num_rows,
     num_pages,
     programs,
     num_slots,
@@ -94,6 +101,7 @@ def decode_kernel(
     most_pieces,
     window_left,
     window_right,
+    attention_chunk,
     scale_log2,
     softcap_log2,
     NUM_HEADS_KV: tl.constexpr,
@@ -127,9 +135,12 @@ def decode_kernel(
     HAS_SINK: tl.constexpr = sinks_ptr is not None
     HAS_LEFT: tl.constexpr = window_left is not None
     HAS_RIGHT: tl.constexpr = window_right is not None
+    ATTENTION_CHUNKED: tl.constexpr = attention_chunk is not None
+    HAS_ROWS: tl.constexpr = batch_idx_ptr is not None
     PAGED: tl.constexpr = page_table_ptr is not None
-    # A tile lies inside one page: one page number a tile. Windows start tiles anywhere.
-    WHOLE_TILES: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0 and not HAS_LEFT
+    # A tile lies inside one page: one page number a tile. Elsewhere tiles start anywhere.
+    FROM_START: tl.constexpr = not HAS_LEFT and not ATTENTION_CHUNKED and leftpad_ptr is None
+    WHOLE_TILES: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0 and FROM_START
     lengths = (
         cu_seqlens_q_ptr,
         seqused_q_ptr,
@@ -140,8 +151,11 @@ def decode_kernel(
         total_k,
         fixed_seqlen_k,
         max_seqlen_k,
+        cu_seqlens_k_new_ptr,
+        fixed_seqlen_new,
+        leftpad_ptr,
     )
-    windows = (window_left, window_right)
+    windows = (window_left, window_right, attention_chunk)
     # Row maximum (base 2) and row sum of every partial result.
     if part_ptr is not None:
         part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * (V0 + V1))
@@ -183,13 +197,18 @@ def decode_kernel(
             BLOCK_B,
             ONE_BLOCK,
         )
-        first_q, seqlen_q, first_k, begin, end, offset, num_tiles = decode_work(
+        first_q, seqlen_q, first_k, begin, end, offset, padding, num_tiles = decode_work(
             seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
         )
         after = tl.where(seq_idx + 1 < batch, seq_idx + 1, 0)
-        first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
+        first_q1, seqlen_q1, first_k1, begin1, end1, offset1, padding1, num_tiles1 = decode_work(
             after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
         )
+        # Where its keys are: of a dense cache, or of the page table.
+        row = seq_idx
+        if HAS_ROWS:
+            row = cache_row(seq_idx, seq_idx < batch, batch_idx_ptr, num_rows)
+            row1 = cache_row(after, after < batch, batch_idx_ptr, num_rows)
         rows = tl.arange(0, BLOCK_M)
         token = rows // GROUP
         cols = tl.arange(0, BLOCK_N)
@@ -224,14 +243,14 @@ def decode_kernel(
                 ahead = tl.minimum(begin + tile * BLOCK_N + cols, tl.maximum(end - 1, 0))
             page = page_ids(
                 page_table_ptr,
-                seq_idx.to(tl.int64) * table_stride,
+                row.to(tl.int64) * table_stride,
                 ahead,
                 num_pages,
                 (ahead * 0) < end,
                 PAGE_SIZE,
             )
         else:
-            page = seq_idx * 1
+            page = row * 1
         # Whether the tiles since the last result began with the sequence's first.
         whole = (tile == 0).to(tl.int32)
         row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
@@ -253,11 +272,18 @@ def decode_kernel(
             end_ = tl.where(last, end1, end)
             offset_ = tl.where(last, offset1, offset)
             num_tiles_ = tl.where(last, num_tiles1, num_tiles)
+            row_ = seq_idx_
+            if HAS_ROWS:
+                row_ = tl.where(last, row1, row)
+            if ATTENTION_CHUNKED:
+                padding_ = tl.where(last, padding1, padding)
             # Unconditional: a branch here would keep the page numbers out of the pipeline.
             after = tl.where(seq_idx_ + 1 < batch, seq_idx_ + 1, 0)
-            first_q1, seqlen_q1, first_k1, begin1, end1, offset1, num_tiles1 = decode_work(
-                after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            first_q1, seqlen_q1, first_k1, begin1, end1, offset1, padding1, num_tiles1 = (
+                decode_work(after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N)
             )
+            if HAS_ROWS:
+                row1 = cache_row(after, after < batch, batch_idx_ptr, num_rows)
             if PAGED:
                 if WHOLE_TILES:
                     ahead = tl.minimum(begin_ + tile_ * BLOCK_N, tl.maximum(end_ - 1, 0))
@@ -265,14 +291,14 @@ def decode_kernel(
                     ahead = tl.minimum(begin_ + tile_ * BLOCK_N + cols, tl.maximum(end_ - 1, 0))
                 page_ = page_ids(
                     page_table_ptr,
-                    seq_idx_.to(tl.int64) * table_stride,
+                    row_.to(tl.int64) * table_stride,
                     ahead,
                     num_pages,
                     (ahead * 0) < end_,
                     PAGE_SIZE,
                 )
             else:
-                page_ = seq_idx_ * 1
+                page_ = row_ * 1
 
             # This tile. Tokens are clamped into the visible range, not masked: unused slots may
             # hold NaN and are never read (but for a sequence without keys, whose sum stays 0).
@@ -322,7 +348,7 @@ def decode_kernel(
                 raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
             if ONE_TOKEN:
                 raw = tl.where((tokens < end)[None, :], raw, NEG_INF)
-            elif LAZY_MASK and not HAS_LEFT:
+            elif LAZY_MASK and not HAS_LEFT and not ATTENTION_CHUNKED:
                 limit = end
                 if HAS_RIGHT:
                     limit = tl.minimum(end, offset + window_right + 1)
@@ -332,12 +358,10 @@ def decode_kernel(
                         row_end = tl.minimum(end, token + offset + window_right + 1)
                     raw = tl.where(tokens[None, :] < row_end[:, None], raw, NEG_INF)
             else:
-                row_end = end + 0 * token
-                if HAS_RIGHT:
-                    row_end = tl.minimum(end, token + offset + window_right + 1)
+                row_first, row_end = seen_keys(token, offset, padding, end, windows)
                 keep = tokens[None, :] < row_end[:, None]
-                if HAS_LEFT:
-                    keep &= tokens[None, :] >= (token + offset - window_left)[:, None]
+                if HAS_LEFT or ATTENTION_CHUNKED:
+                    keep &= tokens[None, :] >= row_first[:, None]
                 raw = tl.where(keep, raw, NEG_INF)
             if HAS_SOFTCAP:
                 new_max = tl.maximum(row_max, tl.max(raw, 1))
@@ -426,3 +450,7 @@ def decode_kernel(
             offset = offset_
             num_tiles = num_tiles_
             page = page_
+            if HAS_ROWS:
+                row = row_
+            if ATTENTION_CHUNKED:
+                padding = padding_

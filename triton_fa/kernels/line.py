@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_fa.kernels.primitives import key_span, query_span, visible_keys
+from triton_fa.kernels.primitives import key_span, left_padding, query_span, visible_keys
 
 
 @triton.jit
@@ -26,17 +26,19 @@ def decode_work(
     """What sequences `seq_idx` ask of the decode path.
 
     Returns first query token, query length, first key token, visible [begin, end), the offset
-    sk - sq, and the number of key tiles. Sequences that belong to the prefill path come back with
-    query length 0 and one tile, so that the line has no gaps; masked ones with no tile.
+    sk - sq, the left padding, and the number of key tiles. Sequences that belong to the prefill
+    path come back with query length 0 and one tile, so that the line has no gaps; masked ones with
+    no tile.
     """
     first_q, seqlen_q = query_span(seq_idx, mask, lengths)
     first_k, seqlen_k = key_span(seq_idx, mask, lengths)
     offset = seqlen_k - seqlen_q
-    begin, end = visible_keys(0, seqlen_q, offset, seqlen_k, windows)
+    padding = left_padding(seq_idx, mask, seqlen_k, lengths)
+    begin, end = visible_keys(0, seqlen_q, offset, padding, seqlen_k, windows)
     seqlen_q = tl.where(seqlen_q * GROUP <= MAX_ROWS, seqlen_q, 0)
     tiles = tl.where(seqlen_q > 0, (end - begin + BLOCK_N - 1) // BLOCK_N, 0)
     tiles = tl.where(mask, tl.maximum(tiles, 1), 0)
-    return first_q, seqlen_q, first_k, begin, end, offset, tiles
+    return first_q, seqlen_q, first_k, begin, end, offset, padding, tiles
 
 
 @triton.jit
@@ -106,7 +108,7 @@ def units_of_block(
 ):
     """(units, tiles) of BLOCK_B sequences from `start` on, 0 behind the batch."""
     idx = start + tl.arange(0, BLOCK_B)
-    _, _, _, _, _, _, tiles = decode_work(
+    _, _, _, _, _, _, _, tiles = decode_work(
         idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
     )
     return line_units(tiles, chunking), tiles

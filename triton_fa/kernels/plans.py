@@ -15,12 +15,13 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_fa.device import DeviceFacts
+from triton_fa.kernels.append import append_kernel
 from triton_fa.kernels.combine import combine_kernel
 from triton_fa.kernels.compat import INTERPRETED
 from triton_fa.kernels.decode import decode_kernel
 from triton_fa.kernels.prefill import prefill_kernel
 from triton_fa.kernels.schedule import schedule_kernel
-from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
+from triton_fa.problem import Append, AttnResult, Lengths, Problem, Tensors
 from triton_fa.schedule.tiles import (
     DecodeTile,
     PrefillTile,
@@ -31,7 +32,7 @@ from triton_fa.schedule.tiles import (
     next_power_of_2,
     prefill_tile,
 )
-from triton_fa.spec import AttnSpec, Bounds, metadata_entries
+from triton_fa.spec import AttnSpec, Bounds, metadata_entries, moving_positions
 
 LOG2E = math.log2(math.e)
 REGISTERS_PER_SM = 65536
@@ -54,10 +55,22 @@ POINTERS = (
     "cu_seqlens_k_ptr",
     "seqused_q_ptr",
     "seqused_k_ptr",
+    "cu_seqlens_k_new_ptr",
+    "leftpad_ptr",
+    "batch_idx_ptr",
     "sinks_ptr",
     "plan_ptr",
+    "absent",
+    "k_new_ptr",
+    "v_new_ptr",
+    "cos_ptr",
+    "sin_ptr",
+    "rotary_seqlens_ptr",
+    "turned_ptr",
 )
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
+ABSENT = POINTERS.index("absent")
+"""Place of a None; what stands behind it are `append_tensors`."""
 
 
 def call_tensors(
@@ -66,7 +79,7 @@ def call_tensors(
     part: torch.Tensor | None,
     prefill_plan: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """What `POINTERS` names, and a None for an absent descriptor.
+    """What `POINTERS` names up to the None for an absent descriptor.
 
     `part` and `prefill_plan` are the workspaces of the decode and the prefill path.
     """
@@ -82,18 +95,43 @@ def call_tensors(
         tensors.cu_seqlens_k,
         tensors.seqused_q,
         tensors.seqused_k,
+        None if tensors.append is None else tensors.append.cu_seqlens_k_new,
+        tensors.cache_leftpad,
+        tensors.cache_batch_idx,
         tensors.sinks,
         prefill_plan,
         None,
     )
 
 
+def append_tensors(
+    tensors: Tensors, append: Append, turned: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """What `POINTERS` names, for the append kernel; `turned` is where q goes if it is rotated."""
+    return (
+        *call_tensors(tensors, AttnResult(tensors.q, None), None, None),
+        append.k,
+        append.v,
+        append.rotary_cos,
+        append.rotary_sin,
+        append.rotary_seqlens,
+        turned,
+    )
+
+
 def length_tensors(lengths: Lengths, metadata: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """What `POINTERS` names, for the schedule kernel."""
-    given: dict[str, torch.Tensor | None] = dict.fromkeys(POINTERS)
-    given |= {f"{name}_ptr": tensor for name, tensor in lengths._asdict().items()}
+    given: dict[str, torch.Tensor | None] = dict.fromkeys(POINTERS[: ABSENT + 1])
+    given |= {
+        "cu_seqlens_q_ptr": lengths.cu_seqlens_q,
+        "cu_seqlens_k_ptr": lengths.cu_seqlens_k,
+        "seqused_q_ptr": lengths.seqused_q,
+        "seqused_k_ptr": lengths.seqused_k,
+        "cu_seqlens_k_new_ptr": lengths.cu_seqlens_k_new,
+        "leftpad_ptr": lengths.cache_leftpad,
+    }
     given["plan_ptr"] = metadata
-    return (*given.values(), None)
+    return tuple(given.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +146,8 @@ class PlannedLaunch:
     """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
 
     def indices(self) -> tuple[int, ...]:
-        """Places in `call_tensors` of the kernel's leading arguments; its last is always None."""
-        absent = len(POINTERS)
-        return tuple(POINTERS.index(n) if n in POINTERS else absent for n in self._leading())
+        """Places in `call_tensors` of the kernel's leading arguments."""
+        return tuple(POINTERS.index(n) if n in POINTERS else ABSENT for n in self._leading())
 
     def pointers(self, given: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
         """The kernel's leading arguments out of `call_tensors`, descriptors included."""
@@ -244,6 +281,8 @@ def _common(problem: Problem) -> dict[str, Any]:
         "fixed_seqlen_q": bounds.max_seqlen_q,
         "fixed_seqlen_k": bounds.fixed_seqlen_k or 0,
         "max_seqlen_k": bounds.max_seqlen_k,
+        "fixed_seqlen_new": bounds.max_seqlen_new if tensors.append is not None else None,
+        "num_rows": (tensors.k if tensors.page_table is None else tensors.page_table).shape[0],
         "num_pages": tensors.k.shape[0],
         **_windows(spec, capacity, bounds.max_seqlen_q),
         **_scales(spec),
@@ -264,7 +303,8 @@ def _windows(spec: AttnSpec, max_seqlen_k: int, max_seqlen_q: int) -> dict[str, 
     """The window, None on a side that bounds nothing for lengths up to these."""
     left = None if not 0 <= spec.window_left < max_seqlen_k - 1 else spec.window_left
     right = None if not 0 <= spec.window_right < max_seqlen_q - 1 else spec.window_right
-    return {"window_left": left, "window_right": right}
+    chunk = spec.attention_chunk or None
+    return {"window_left": left, "window_right": right, "attention_chunk": chunk}
 
 
 def _scales(spec: AttnSpec) -> dict[str, float]:
@@ -406,7 +446,12 @@ def _prefill(
     if spec.query_layout == "packed" and planned_tiles < PLAN_BELOW * tiles:
         tensors = problem.tensors
         lengths = Lengths(
-            tensors.cu_seqlens_q, tensors.cu_seqlens_k, tensors.seqused_q, tensors.seqused_k
+            tensors.cu_seqlens_q,
+            tensors.cu_seqlens_k,
+            tensors.seqused_q,
+            tensors.seqused_k,
+            None if tensors.append is None else tensors.append.cu_seqlens_k_new,
+            tensors.cache_leftpad,
         )
         launches += (schedule(spec, bounds, lengths, device, total_k=common["total_k"]),)
         tiles = planned_tiles
@@ -457,6 +502,7 @@ def schedule(
         "fixed_seqlen_q": bounds.max_seqlen_q,
         "fixed_seqlen_k": bounds.fixed_seqlen_k or 0,
         "max_seqlen_k": bounds.max_seqlen_k,
+        "fixed_seqlen_new": bounds.max_seqlen_new if bounds.total_new else None,
         **windows,
         "tag": zlib.crc32(repr(layout).encode()) & 0x7FFFFFFF,
         "GROUP": spec.q_heads_per_kv,
@@ -467,6 +513,36 @@ def schedule(
         "ORDERED": bounds.batch <= block_b,
     }
     return PlannedLaunch(schedule_kernel, (1, 1, 1), values, {"num_warps": 4})
+
+
+def append(problem: Problem, new: Append) -> PlannedLaunch:
+    """The launch that writes new keys into the cache, and turns them and q."""
+    spec, bounds = problem.spec, problem.bounds
+    packed_new = new.cu_seqlens_k_new is not None
+    tokens = max(bounds.total_new, bounds.total_q if spec.rotary_dim else 0)
+    block_t = 4 if tokens <= 1024 else 32
+    programs = -(-bounds.total_new // block_t) * spec.num_heads_kv
+    if spec.rotary_dim:
+        programs += -(-bounds.total_q // block_t) * spec.num_heads_q
+    values = _arguments(
+        append_kernel,
+        _common(problem),
+        **_strides("k_new", new.k, packed_new),
+        **_strides("v_new", new.v, packed_new),
+        total_new=bounds.total_new,
+        fixed_seqlen_new=max(1, bounds.max_seqlen_new),
+        num_positions=1 if new.rotary_cos is None else new.rotary_cos.shape[0],
+        NUM_HEADS_Q=spec.num_heads_q,
+        ROTARY_DIM=spec.rotary_dim,
+        INTERLEAVED=spec.rotary_interleaved,
+        MOVING=moving_positions(spec, bounds),
+        BLOCK_T=block_t,
+        BLOCK_D=next_power_of_2(spec.head_dim),
+        BLOCK_DV=next_power_of_2(spec.head_dim_v),
+        BLOCK_R=next_power_of_2(max(1, spec.rotary_dim // 2)),
+        BLOCK_B=_block_b(bounds.batch),
+    )
+    return PlannedLaunch(append_kernel, (programs, 1, 1), values, {"num_warps": 4})
 
 
 def _describable(problem: Problem, device: DeviceFacts, tile: PrefillTile) -> bool:

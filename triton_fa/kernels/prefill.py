@@ -18,11 +18,14 @@ from triton_fa.kernels.primitives import (
     NEG_INF,
     NO_SCORE,
     VARYING,
+    cache_row,
     dot,
     finish,
     key_span,
+    left_padding,
     page_ids,
     query_span,
+    seen_keys,
     softcapped,
     visible_keys,
 )
@@ -117,7 +120,7 @@ def masked_scores(
     scale_log2,
     softcap_log2,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     IEEE: tl.constexpr,
@@ -128,7 +131,7 @@ def masked_scores(
     if MASKED:
         token = start + tl.arange(0, BLOCK_N)
         keep = token[None, :] < row_range[1][:, None]
-        if HAS_LEFT:
+        if HAS_FIRST:
             keep &= token[None, :] >= row_range[0][:, None]
         raw = tl.where(keep, raw, NEG_INF)
     return raw
@@ -170,7 +173,8 @@ def attend_blocks(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     IEEE: tl.constexpr,
@@ -221,8 +225,12 @@ def attend_blocks(
             MASKED,
         )
         if MASKED and TMA:
-            # Rows behind the sequence's end may hold NaN, and 0 * NaN is not 0.
-            v = tl.where((start + tl.arange(0, BLOCK_N) <= live_keys[1])[:, None], v, 0.0)
+            # Unused rows may hold NaN, and 0 * NaN is not 0.
+            token = start + tl.arange(0, BLOCK_N)
+            live = token <= live_keys[1]
+            if PADDED:
+                live &= token >= live_keys[0]
+            v = tl.where(live[:, None], v, 0.0)
         raw0 = dot(queries[0], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
         if TWO:
             raw1 = dot(queries[1], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
@@ -233,7 +241,7 @@ def attend_blocks(
             scale_log2,
             softcap_log2,
             BLOCK_N,
-            HAS_LEFT,
+            HAS_FIRST,
             HAS_SOFTCAP,
             MASKED,
             IEEE,
@@ -250,7 +258,7 @@ def attend_blocks(
                 scale_log2,
                 softcap_log2,
                 BLOCK_N,
-                HAS_LEFT,
+                HAS_FIRST,
                 HAS_SOFTCAP,
                 MASKED,
                 IEEE,
@@ -285,20 +293,6 @@ def load_rows(base, rows, num_rows, GROUP: tl.constexpr, DIM: tl.constexpr, BLOC
     return tl.load(
         pointers[:, None] + dims[None, :], mask=mask[:, None] & (dims < DIM)[None, :], other=0.0
     )
-
-
-@triton.jit
-def seen_keys(rows, offset, seqlen_k, windows, GROUP: tl.constexpr):
-    """First key and one past the last key that each row sees."""
-    window_left, window_right = windows
-    token = rows // GROUP
-    first = 0 * token
-    end = seqlen_k + 0 * token
-    if window_left is not None:
-        first = token + offset - window_left
-    if window_right is not None:
-        end = tl.minimum(token + offset + window_right + 1, seqlen_k)
-    return first, end
 
 
 @triton.jit
@@ -350,6 +344,9 @@ def prefill_kernel(
     cu_seqlens_k_ptr,
     seqused_q_ptr,
     seqused_k_ptr,
+    cu_seqlens_k_new_ptr,
+    leftpad_ptr,
+    batch_idx_ptr,
     sinks_ptr,
     plan_ptr,
     out_stride_b,
@@ -375,10 +372,13 @@ def prefill_kernel(
     fixed_seqlen_q,
     fixed_seqlen_k,
     max_seqlen_k,
+    fixed_seqlen_new,
+    num_rows,
     num_pages,
     num_row_tiles,
     window_left,
     window_right,
+    attention_chunk,
     scale_log2,
     softcap_log2,
     NUM_HEADS_KV: tl.constexpr,
@@ -403,8 +403,11 @@ def prefill_kernel(
 
     Sequences of at most DECODE_ROWS rows belong to the decode path and are left alone.
     """
-    HAS_LEFT: tl.constexpr = window_left is not None
-    HAS_RIGHT: tl.constexpr = window_right is not None
+    PADDED: tl.constexpr = leftpad_ptr is not None
+    ATTENTION_CHUNKED: tl.constexpr = attention_chunk is not None
+    # Whether rows may see neither the first nor the last keys of what is loaded.
+    HAS_FIRST: tl.constexpr = window_left is not None or ATTENTION_CHUNKED or PADDED
+    HAS_END: tl.constexpr = window_right is not None or ATTENTION_CHUNKED
     BLOCK_H: tl.constexpr = BLOCK_M // HALVES
     lengths = (
         cu_seqlens_q_ptr,
@@ -416,6 +419,9 @@ def prefill_kernel(
         total_k,
         fixed_seqlen_k,
         max_seqlen_k,
+        cu_seqlens_k_new_ptr,
+        fixed_seqlen_new,
+        leftpad_ptr,
     )
     pid = tl.program_id(0)
     head = pid % NUM_HEADS_KV
@@ -434,21 +440,23 @@ def prefill_kernel(
     if (row_tile >= 0) & (row_tile * BLOCK_M < num_rows) & (num_rows > DECODE_ROWS):
         first_k, seqlen_k = key_span(seq_idx, seq_idx < batch, lengths)
         offset = seqlen_k - seqlen_q
-        windows = (window_left, window_right)
+        padding = left_padding(seq_idx, seq_idx < batch, seqlen_k, lengths)
+        windows = (window_left, window_right, attention_chunk)
         first_row = row_tile * BLOCK_M
         first_token = first_row // GROUP
         end_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, seqlen_q)
-        begin, end = visible_keys(first_token, end_token, offset, seqlen_k, windows)
+        begin, end = visible_keys(first_token, end_token, offset, padding, seqlen_k, windows)
         live_keys = (begin, tl.maximum(end - 1, begin))
         begin = begin // BLOCK_N * BLOCK_N
         stop = begin + (end - begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         # Keys that the first and the last row both see, and so all between them.
         full_begin = begin
         full_end = end
-        if HAS_RIGHT:
-            full_end = tl.minimum(first_token + offset + window_right + 1, full_end)
-        if HAS_LEFT:
-            full_begin = tl.maximum(end_token - 1 + offset - window_left, begin)
+        if HAS_END:
+            _, full_end = seen_keys(first_token, offset, padding, full_end, windows)
+        if HAS_FIRST:
+            full_begin, _ = seen_keys(end_token - 1, offset, padding, end, windows)
+            full_begin = tl.maximum(full_begin, begin)
             full_begin = (full_begin + BLOCK_N - 1) // BLOCK_N * BLOCK_N
         full_begin = tl.minimum(full_begin, stop)
         full_end = tl.maximum(tl.maximum(full_end, 0) // BLOCK_N * BLOCK_N, full_begin)
@@ -472,8 +480,8 @@ def prefill_kernel(
                 q1 = -q1
             queries = (q0, q1)
             row_ranges = (
-                seen_keys(rows0, offset, seqlen_k, windows, GROUP),
-                seen_keys(rows1, offset, seqlen_k, windows, GROUP),
+                seen_keys(rows0 // GROUP, offset, padding, seqlen_k, windows),
+                seen_keys(rows1 // GROUP, offset, padding, seqlen_k, windows),
             )
             state = (
                 tl.full([BLOCK_H], NO_SCORE, tl.float32),
@@ -485,7 +493,7 @@ def prefill_kernel(
             )
         else:
             queries = (q0, None)
-            row_ranges = (seen_keys(rows0, offset, seqlen_k, windows, GROUP), None)
+            row_ranges = (seen_keys(rows0 // GROUP, offset, padding, seqlen_k, windows), None)
             state = (
                 tl.full([BLOCK_H], NO_SCORE, tl.float32),
                 tl.zeros([BLOCK_H], tl.float32),
@@ -494,6 +502,10 @@ def prefill_kernel(
                 tl.zeros([1], tl.float32),
                 tl.zeros([1], tl.float32),
             )
+        # Where its keys are: of a dense cache, or of the page table.
+        row = seq_idx
+        if batch_idx_ptr is not None:
+            row = cache_row(seq_idx, seq_idx < batch, batch_idx_ptr, num_rows)
         k_base = k_ptr
         v_base = v_ptr
         if k_desc is None:
@@ -502,11 +514,11 @@ def prefill_kernel(
         keys = (k_desc, k_base, (k_stride_b, k_stride_t))
         values = (v_desc, v_base, (v_stride_b, v_stride_t))
         if cu_seqlens_k_ptr is None:
-            place = (seq_idx, first_k, head)
+            place = (row, first_k, head)
         else:
             place = (seq_idx * 0, first_k, head)
-        paging = (page_table_ptr, seq_idx.to(tl.int64) * table_stride, num_pages)
-        if HAS_LEFT:
+        paging = (page_table_ptr, row.to(tl.int64) * table_stride, num_pages)
+        if HAS_FIRST:
             state = attend_blocks(
                 state,
                 queries,
@@ -528,7 +540,8 @@ def prefill_kernel(
                 BLOCK_D,
                 BLOCK_DV,
                 PAGE_SIZE,
-                HAS_LEFT,
+                HAS_FIRST,
+                PADDED,
                 HAS_SOFTCAP,
                 True,
                 IEEE,
@@ -555,7 +568,8 @@ def prefill_kernel(
             BLOCK_D,
             BLOCK_DV,
             PAGE_SIZE,
-            HAS_LEFT,
+            HAS_FIRST,
+            PADDED,
             HAS_SOFTCAP,
             False,
             IEEE,
@@ -582,7 +596,8 @@ def prefill_kernel(
             BLOCK_D,
             BLOCK_DV,
             PAGE_SIZE,
-            HAS_LEFT,
+            HAS_FIRST,
+            PADDED,
             HAS_SOFTCAP,
             True,
             IEEE,

@@ -1,7 +1,10 @@
 """Device helpers shared by the attention kernels.
 
 `lengths` is the tuple (cu_seqlens_q_ptr, seqused_q_ptr, total_q, fixed_seqlen_q, cu_seqlens_k_ptr,
-seqused_k_ptr, total_k, fixed_seqlen_k, max_seqlen_k), with None for an absent tensor.
+seqused_k_ptr, total_k, fixed_seqlen_k, max_seqlen_k, cu_seqlens_k_new_ptr, fixed_seqlen_new,
+leftpad_ptr), with None for an absent tensor, and for fixed_seqlen_new where nothing is appended.
+`windows` is (left, right, attention_chunk), None for a side without bound and without chunks.
+Keys are counted from the start of a sequence's cache, left padding included.
 
 A *row* is one (query token, query head) pair of one kv head: row r is token r // GROUP, head
 r % GROUP of the group. Scores are kept in base 2: the softmax scale carries log2(e).
@@ -24,6 +27,11 @@ VARYING = (
     "fixed_seqlen_q",
     "fixed_seqlen_k",
     "max_seqlen_k",
+    "fixed_seqlen_new",
+    "total_new",
+    "num_positions",
+    "num_rows",
+    "attention_chunk",
     "num_pages",
     "num_row_tiles",
     "programs",
@@ -50,7 +58,9 @@ def query_span(seq_idx, mask, lengths):
     The first token is 0 where sequences are rows of a dense batch. Whatever the device tensors
     hold, the span lies inside q.
     """
-    cu_seqlens_q_ptr, seqused_q_ptr, total_q, fixed_seqlen_q, _, _, _, _, _ = lengths
+    cu_seqlens_q_ptr = lengths[0]
+    seqused_q_ptr = lengths[1]
+    total_q = lengths[2]
     if cu_seqlens_q_ptr is not None:
         first = tl.load(cu_seqlens_q_ptr + seq_idx, mask=mask, other=0)
         end = tl.load(cu_seqlens_q_ptr + seq_idx + 1, mask=mask, other=0)
@@ -58,7 +68,7 @@ def query_span(seq_idx, mask, lengths):
         seqlen = tl.minimum(tl.maximum(end, first), total_q) - first
     else:
         first = seq_idx * 0
-        seqlen = tl.where(mask, fixed_seqlen_q + seq_idx * 0, 0)
+        seqlen = tl.where(mask, lengths[3] + seq_idx * 0, 0)
     if seqused_q_ptr is not None:
         used = tl.load(seqused_q_ptr + seq_idx, mask=mask, other=0)
         seqlen = tl.minimum(tl.maximum(used, 0), seqlen)
@@ -67,8 +77,14 @@ def query_span(seq_idx, mask, lengths):
 
 @triton.jit
 def key_span(seq_idx, mask, lengths):
-    """First key token and key length of sequences `seq_idx`, inside what the tensors hold."""
-    _, _, _, _, cu_seqlens_k_ptr, seqused_k_ptr, total_k, fixed_seqlen_k, max_seqlen_k = lengths
+    """First key token and key length of sequences `seq_idx`, inside what the tensors hold.
+
+    The length counts appended keys and left padding.
+    """
+    cu_seqlens_k_ptr = lengths[4]
+    seqused_k_ptr = lengths[5]
+    total_k = lengths[6]
+    max_seqlen_k = lengths[8]
     if cu_seqlens_k_ptr is not None:
         first = tl.load(cu_seqlens_k_ptr + seq_idx, mask=mask, other=0)
         end = tl.load(cu_seqlens_k_ptr + seq_idx + 1, mask=mask, other=0)
@@ -76,29 +92,81 @@ def key_span(seq_idx, mask, lengths):
         seqlen = tl.minimum(tl.maximum(end, first), total_k) - first
     else:
         first = seq_idx * 0
-        seqlen = tl.where(mask, fixed_seqlen_k + seq_idx * 0, 0)
+        seqlen = tl.where(mask, lengths[7] + seq_idx * 0, 0)
     if seqused_k_ptr is not None:
         used = tl.load(seqused_k_ptr + seq_idx, mask=mask, other=0)
         if cu_seqlens_k_ptr is not None:
             seqlen = tl.minimum(tl.maximum(used, 0), seqlen)
         else:
             seqlen = tl.minimum(tl.maximum(used, 0), max_seqlen_k)
+    if lengths[10] is not None:
+        new = new_span(seq_idx, mask, lengths)[1]
+        seqlen += tl.minimum(new, max_seqlen_k - seqlen)
     return first, seqlen
 
 
 @triton.jit
-def visible_keys(first_token, end_token, offset, seqlen_k, windows):
-    """[begin, end) of the keys that query tokens [first_token, end_token) see between them.
+def new_span(seq_idx, mask, lengths):
+    """First appended token of sequences `seq_idx` among all, and how many they append."""
+    cu_seqlens_k_new_ptr = lengths[9]
+    if cu_seqlens_k_new_ptr is not None:
+        first = tl.maximum(tl.load(cu_seqlens_k_new_ptr + seq_idx, mask=mask, other=0), 0)
+        end = tl.load(cu_seqlens_k_new_ptr + seq_idx + 1, mask=mask, other=0)
+        count = tl.maximum(end, first) - first
+        if lengths[10] is not None:
+            count = tl.minimum(count, lengths[10])
+    else:
+        first = seq_idx * lengths[10]
+        count = tl.where(mask, lengths[10] + seq_idx * 0, 0)
+    return first, count
 
-    `offset` is sk - sq; `windows` is (left, right), None for an unbounded side.
+
+@triton.jit
+def left_padding(seq_idx, mask, seqlen_k, lengths):
+    """First key in use of sequences `seq_idx` of that length."""
+    leftpad_ptr = lengths[11]
+    if leftpad_ptr is not None:
+        padding = tl.load(leftpad_ptr + seq_idx, mask=mask, other=0)
+        return tl.minimum(tl.maximum(padding, 0), seqlen_k)
+    else:
+        return seqlen_k * 0
+
+
+@triton.jit
+def cache_row(seq_idx, mask, batch_idx_ptr, num_rows):
+    """The row of a dense cache, or of the page table, that belongs to sequences `seq_idx`."""
+    row = tl.load(batch_idx_ptr + seq_idx, mask=mask, other=0)
+    return tl.minimum(tl.maximum(row, 0), num_rows - 1)
+
+
+@triton.jit
+def seen_keys(token, offset, padding, seqlen_k, windows):
+    """First key and one past the last key that query tokens see. Neither falls as tokens rise.
+
+    `offset` is the key position of query token 0: key length - query length.
     """
-    window_left, window_right = windows
-    begin = seqlen_k * 0
-    end = seqlen_k + 0
+    window_left, window_right, attention_chunk = windows
+    position = token + offset
+    first = padding + 0 * position
+    end = seqlen_k + 0 * position
     if window_left is not None:
-        begin = tl.maximum(first_token + offset - window_left, 0)
+        first = tl.maximum(first, position - window_left)
     if window_right is not None:
-        end = tl.minimum(end_token + offset + window_right, seqlen_k)
+        end = tl.minimum(position + window_right + 1, end)
+    if attention_chunk is not None:
+        inside = position - padding  # chunks are counted behind the padding
+        below = (attention_chunk - 1 - inside) // attention_chunk
+        chunk = tl.where(inside < 0, -below, inside // attention_chunk)
+        first = tl.maximum(first, padding + chunk * attention_chunk)
+        end = tl.minimum(end, padding + (chunk + 1) * attention_chunk)
+    return first, end
+
+
+@triton.jit
+def visible_keys(first_token, end_token, offset, padding, seqlen_k, windows):
+    """[begin, end) of the keys that query tokens [first_token, end_token) see between them."""
+    begin, _ = seen_keys(first_token, offset, padding, seqlen_k, windows)
+    _, end = seen_keys(end_token - 1, offset, padding, seqlen_k, windows)
     return begin, tl.maximum(end, begin)
 
 

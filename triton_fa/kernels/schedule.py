@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 
 from triton_fa.kernels.line import decode_work
-from triton_fa.kernels.primitives import VARYING, key_span, query_span, visible_keys
+from triton_fa.kernels.primitives import (
+    VARYING,
+    key_span,
+    left_padding,
+    query_span,
+    visible_keys,
+)
 
 
 @triton.jit
@@ -31,7 +37,8 @@ def prefill_work(
     """Row tiles of sequences on the prefill path (0 for others), and the keys they see."""
     _, seqlen_q = query_span(seq_idx, mask, lengths)
     _, seqlen_k = key_span(seq_idx, mask, lengths)
-    begin, end = visible_keys(0, seqlen_q, seqlen_k - seqlen_q, seqlen_k, windows)
+    padding = left_padding(seq_idx, mask, seqlen_k, lengths)
+    begin, end = visible_keys(0, seqlen_q, seqlen_k - seqlen_q, padding, seqlen_k, windows)
     rows = seqlen_q * GROUP
     tiles = tl.where(rows > MAX_ROWS, (rows + BLOCK_M - 1) // BLOCK_M, 0)
     return tiles, tl.where(mask, end - begin, 0)
@@ -44,6 +51,8 @@ def schedule_kernel(
     cu_seqlens_k_ptr,
     seqused_q_ptr,
     seqused_k_ptr,
+    cu_seqlens_k_new_ptr,
+    leftpad_ptr,
     batch,
     segment,
     total_q,
@@ -51,8 +60,10 @@ def schedule_kernel(
     fixed_seqlen_q,
     fixed_seqlen_k,
     max_seqlen_k,
+    fixed_seqlen_new,
     window_left,
     window_right,
+    attention_chunk,
     tag,
     GROUP: tl.constexpr,
     MAX_ROWS: tl.constexpr,
@@ -72,14 +83,17 @@ def schedule_kernel(
         total_k,
         fixed_seqlen_k,
         max_seqlen_k,
+        cu_seqlens_k_new_ptr,
+        fixed_seqlen_new,
+        leftpad_ptr,
     )
-    windows = (window_left, window_right)
+    windows = (window_left, window_right, attention_chunk)
     decode_before = 0
     rows_before = 0
     for start in tl.range(0, batch, BLOCK_B, num_stages=1):
         idx = start + tl.arange(0, BLOCK_B)
         mask = idx < batch
-        _, _, _, _, _, _, tiles = decode_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_N)
+        tiles = decode_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_N)[7]
         tl.store(plan_ptr + idx, decode_before + tl.cumsum(tiles, 0), mask=mask)
         decode_before += tl.sum(tiles, 0)
         row_tiles, visible = prefill_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_M)

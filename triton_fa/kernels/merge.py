@@ -1,0 +1,248 @@
+"""Merges results over disjoint sets of keys that the caller holds, by their log-sum-exp.
+
+out = sum of exp(lse_i - lse) out_i with lse = log(sum of exp(lse_i)). A part without any key has
+lse -inf (or FA3's +inf) and weight 0; what its output holds is never read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from triton_fa.kernels.primitives import LOG2E, NEG_INF
+from triton_fa.schedule.tiles import next_power_of_2
+
+HELD = 8192
+"""Elements of partial results that one program holds at once."""
+ROWS = ("seqlen", "heads", "num_rows", "splits")
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@triton.jit
+def log_sums(ptr, offsets, mask):
+    """Natural-log sums in base 2, empty ones -inf."""
+    lse = tl.load(ptr + offsets, mask=mask, other=NEG_INF) * LOG2E
+    return tl.where(lse == -NEG_INF, NEG_INF, lse)
+
+
+@triton.jit(do_not_specialize=ROWS)
+def merge_splits_kernel(
+    out_ptr,
+    lse_ptr,
+    part_ptr,  # [splits, batch, seqlen, heads, DIM]
+    lse_part_ptr,  # [splits, batch, seqlen, heads]
+    out_stride_b,
+    out_stride_t,
+    out_stride_h,
+    out_stride_d,
+    lse_stride_b,
+    lse_stride_t,
+    lse_stride_h,
+    part_stride_s,
+    part_stride_b,
+    part_stride_t,
+    part_stride_h,
+    part_stride_d,
+    lse_part_stride_s,
+    lse_part_stride_b,
+    lse_part_stride_t,
+    lse_part_stride_h,
+    seqlen,
+    heads,
+    num_rows,
+    splits,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Program (i, j) merges rows [i BLOCK_R, …) of (batch, token, head), dims [j BLOCK_D, …)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    real = row < num_rows
+    head = row % heads
+    token = row // heads % seqlen
+    batch = row // heads // seqlen
+    lse_row = batch * lse_part_stride_b + token * lse_part_stride_t + head * lse_part_stride_h
+    nth = tl.arange(0, BLOCK_S).to(tl.int64)
+    every = log_sums(
+        lse_part_ptr,
+        nth[:, None] * lse_part_stride_s + lse_row[None, :],
+        (nth < splits)[:, None] & real[None, :],
+    )
+    top = tl.max(every, 0)
+    # An all-empty row would otherwise compute -inf - (-inf).
+    base = tl.where(top == NEG_INF, 0.0, top)
+    total = tl.sum(tl.exp2(every - base[None, :]), 0)
+    scale = tl.where(total > 0, 1.0 / total, 0.0)
+
+    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    part_row = batch * part_stride_b + token * part_stride_t + head * part_stride_h
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for start in tl.range(0, splits, BLOCK_P):
+        split = start + tl.arange(0, BLOCK_P).to(tl.int64)
+        some = log_sums(
+            lse_part_ptr,
+            split[:, None] * lse_part_stride_s + lse_row[None, :],
+            (split < splits)[:, None] & real[None, :],
+        )
+        part = tl.load(
+            part_ptr
+            + (split[:, None] * part_stride_s + part_row[None, :])[:, :, None]
+            + (dims.to(tl.int64) * part_stride_d)[None, None, :],
+            mask=(some > NEG_INF)[:, :, None] & (dims < DIM)[None, None, :],
+            other=0.0,
+        )
+        acc += tl.sum(part * tl.exp2(some - base[None, :])[:, :, None], 0)
+    out_row = batch * out_stride_b + token * out_stride_t + head * out_stride_h
+    tl.store(
+        out_ptr + out_row[:, None] + (dims.to(tl.int64) * out_stride_d)[None, :],
+        (acc * scale[:, None]).to(out_ptr.dtype.element_ty),
+        mask=real[:, None] & (dims < DIM)[None, :],
+    )
+    if tl.program_id(1) == 0:
+        lse = tl.where(total > 0, (base + tl.log2(total)) / LOG2E, NEG_INF)
+        target = batch * lse_stride_b + token * lse_stride_t + head * lse_stride_h
+        tl.store(lse_ptr + target, lse, mask=real)
+
+
+def merge_splits(
+    out_partial: torch.Tensor, lse_partial: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Fill `out` (batch, seqlen, heads, dim) and `lse` (batch, seqlen, heads), any strides."""
+    splits, batch, seqlen, heads, dim = out_partial.shape
+    num_rows = batch * seqlen * heads
+    if num_rows == 0:
+        return
+    block_d = min(256, next_power_of_2(dim))
+    block_p = min(16, next_power_of_2(splits))
+    block_r = max(1, min(16, HELD // (block_d * block_p)))
+    grid = (-(-num_rows // block_r), max(1, -(-dim // block_d)))
+    with _on(out.device):
+        merge_splits_kernel[grid](
+            out,
+            lse,
+            out_partial,
+            lse_partial,
+            *out.stride(),
+            *lse.stride(),
+            *out_partial.stride(),
+            *lse_partial.stride(),
+            seqlen,
+            heads,
+            num_rows,
+            splits,
+            DIM=dim,
+            BLOCK_D=block_d,
+            BLOCK_R=block_r,
+            BLOCK_S=next_power_of_2(splits),
+            BLOCK_P=block_p,
+            num_warps=4,
+        )
+
+
+@triton.jit(do_not_specialize=ROWS)
+def merge_pair_kernel(
+    out_ptr,
+    lse_ptr,
+    a_ptr,
+    lse_a_ptr,
+    b_ptr,
+    lse_b_ptr,
+    out_stride_t,
+    out_stride_h,
+    out_stride_d,
+    lse_stride_t,
+    lse_stride_h,
+    a_stride_t,
+    a_stride_h,
+    a_stride_d,
+    lse_a_stride_t,
+    lse_a_stride_h,
+    b_stride_t,
+    b_stride_h,
+    b_stride_d,
+    lse_b_stride_t,
+    lse_b_stride_h,
+    heads,
+    num_rows,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Rows [i BLOCK_R, …) of (token, head). `out` and `lse` may be those of a part."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    real = row < num_rows
+    head = row % heads
+    token = row // heads
+    lse_a = log_sums(lse_a_ptr, token * lse_a_stride_t + head * lse_a_stride_h, real)
+    lse_b = log_sums(lse_b_ptr, token * lse_b_stride_t + head * lse_b_stride_h, real)
+    top = tl.maximum(lse_a, lse_b)
+    base = tl.where(top == NEG_INF, 0.0, top)
+    weight_a = tl.exp2(lse_a - base)
+    weight_b = tl.exp2(lse_b - base)
+    total = weight_a + weight_b
+    scale = tl.where(total > 0, 1.0 / total, 0.0)
+    dims = tl.arange(0, BLOCK_D)
+    wide = dims.to(tl.int64)[None, :]
+    inside = (dims < DIM)[None, :]
+    a_row = (token * a_stride_t + head * a_stride_h)[:, None]
+    b_row = (token * b_stride_t + head * b_stride_h)[:, None]
+    a_mask = (real & (lse_a > NEG_INF))[:, None] & inside
+    b_mask = (real & (lse_b > NEG_INF))[:, None] & inside
+    a = tl.load(a_ptr + a_row + wide * a_stride_d, mask=a_mask, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + b_row + wide * b_stride_d, mask=b_mask, other=0.0).to(tl.float32)
+    merged = a * (weight_a * scale)[:, None] + b * (weight_b * scale)[:, None]
+    out_row = (token * out_stride_t + head * out_stride_h)[:, None]
+    tl.store(
+        out_ptr + out_row + wide * out_stride_d,
+        merged.to(out_ptr.dtype.element_ty),
+        mask=real[:, None] & inside,
+    )
+    lse = tl.where(total > 0, (base + tl.log2(total)) / LOG2E, NEG_INF)
+    tl.store(lse_ptr + token * lse_stride_t + head * lse_stride_h, lse, mask=real)
+
+
+def merge_pair(
+    v_a: torch.Tensor,
+    s_a: torch.Tensor,
+    v_b: torch.Tensor,
+    s_b: torch.Tensor,
+    v_merged: torch.Tensor,
+    s_merged: torch.Tensor,
+) -> None:
+    """Fill `v_merged` (tokens, heads, dim) and `s_merged` (tokens, heads), any strides."""
+    tokens, heads, dim = v_a.shape
+    if tokens * heads == 0:
+        return
+    block_d = next_power_of_2(dim)
+    block_r = max(1, min(64, HELD // block_d))
+    grid = (-(-tokens * heads // block_r),)
+    with _on(v_a.device):
+        merge_pair_kernel[grid](
+            v_merged,
+            s_merged,
+            v_a,
+            s_a,
+            v_b,
+            s_b,
+            *v_merged.stride(),
+            *s_merged.stride(),
+            *v_a.stride(),
+            *s_a.stride(),
+            *v_b.stride(),
+            *s_b.stride(),
+            heads,
+            tokens * heads,
+            DIM=dim,
+            BLOCK_D=block_d,
+            BLOCK_R=block_r,
+            num_warps=4,
+        )
