@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import triton_fa
 from triton_fa.errors import ArgumentError, ArgumentValueError, UnsupportedError
 from triton_fa.kernels import plans
+from triton_fa.kernels.prefill import sequences_in_order
 
 BLOCK_N = 32  # of the interpreter's decode tile
 BLOCK_M = 32  # and of its prefill tile
@@ -33,7 +36,9 @@ def _metadata(lengths: list[int], **arguments: object) -> torch.Tensor:
 
 
 def _segments(metadata: torch.Tensor) -> list[list[int]]:
-    return metadata[:-1].view(4, -1).tolist()
+    """Decode tiles, visible keys, the sequences in prefill order, row tiles."""
+    decode, visible, order, rows = metadata[:-1].view(4, -1).tolist()
+    return [decode, visible, [entry & 0xFFFF for entry in order], rows]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 5, 300])
@@ -243,6 +248,81 @@ def _metadata_for(data: dict[str, torch.Tensor], rows: list[int]) -> torch.Tenso
     return _metadata(
         data["lengths_k"][rows].tolist(), num_heads=4, headdim=32, qkv_dtype=torch.float32
     )
+
+
+@triton.jit
+def order_kernel(into_ptr, plan_ptr, batch, segment, BLOCK_B: tl.constexpr):
+    idx = tl.arange(0, BLOCK_B)
+    order = sequences_in_order(plan_ptr, batch, segment, BLOCK_B)
+    tl.store(into_ptr + idx, order, mask=idx < batch)
+
+
+def _order(metadata: torch.Tensor, batch: int) -> list[int]:
+    into = torch.full((batch,), -1, dtype=torch.int32)
+    order_kernel[(1,)](into, metadata, batch, (metadata.shape[0] - 1) // 4, 32)
+    return into.tolist()
+
+
+def test_an_order_is_taken_only_if_it_is_one() -> None:
+    queries = [1, 90, 0, 29, 280, 70]
+    prefix = torch.tensor([0, *queries]).cumsum(0).int()
+    metadata = _metadata(queries, cu_seqlens_q=prefix, max_seqlen_q=280, num_heads_k=8)
+    order = _order(metadata, 6)
+    assert order[:3] == [4, 1, 5]
+    assert sorted(order) == list(range(6))
+    segment = slice(16, 22)  # behind two segments of eight
+    for broken in (
+        metadata[segment].flip(0),
+        torch.zeros(6),
+        metadata[segment] & 0xFFFF,
+        metadata[segment] + 1,
+        torch.full((6,), -1),
+        torch.full((6,), 2**31 - 1),
+    ):
+        other = metadata.clone()
+        other[segment] = broken.int()
+        assert _order(other, 6) == list(range(6))
+    assert _order(_metadata([9] * 6)[: 4 * 8 + 1], 5) == list(range(5))
+
+
+@pytest.mark.parametrize("kind", ["fresh", "other order", "zero", "random"])
+def test_a_plan_for_prefill_is_advice(kind: str) -> None:
+    queries = [40, 3, 90, 1, 200, 0]
+    data = _paged(queries, [n + 7 for n in queries])
+    rows = list(range(6))
+    prefix = torch.tensor([0, *queries]).cumsum(0).int()
+    model = {"num_heads": 4, "headdim": 32, "qkv_dtype": torch.float32, "max_seqlen_q": 200}
+    metadata = _metadata(data["lengths_k"].tolist(), cu_seqlens_q=prefix, **model)
+    if kind == "other order":
+        backwards = torch.tensor([0, *queries[::-1]]).cumsum(0).int()
+        metadata = _metadata(data["lengths_k"].tolist(), cu_seqlens_q=backwards, **model)
+    elif kind == "zero":
+        metadata.zero_()
+    elif kind == "random":
+        metadata.random_(-(2**31), 2**31 - 1, generator=torch.Generator().manual_seed(1))
+    expected = _attend(data, rows)
+    assert torch.equal(_attend(data, rows, scheduler_metadata=metadata), expected)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_given_plan_is_not_made_again(given: bool, fresh: pytest.MonkeyPatch) -> None:
+    queries = [40, 3, 90, 1, 200, 0]
+    data = _paged(queries, [n + 7 for n in queries])
+    seen: list[plans.Plan] = []
+    real = plans.plan
+
+    def spied(problem: Any, device: Any) -> plans.Plan:
+        seen.append(real(problem, device))
+        return seen[-1]
+
+    fresh.setattr(plans, "plan", spied)
+    metadata = torch.zeros(4 * 8 + 1, dtype=torch.int32) if given else None
+    _attend(data, list(range(6)), scheduler_metadata=metadata)
+    kernels = [launch.kernel.__name__ for launch in seen[0].launches]
+    assert ("schedule_kernel" in kernels) is not given
+    assert seen[0].plan_entries == (0 if given else 4 * 8 + 1)
+    prefill = seen[0].launches[kernels.index("prefill_kernel")]
+    assert prefill.values["PLANNED"]
 
 
 @pytest.mark.parametrize("kind", ["fresh", "zero", "stale", "random"])

@@ -596,8 +596,8 @@ def get_scheduler_metadata(
     """The schedule that one step's layers share, computed once from the lengths on the device.
 
     One small kernel, no host synchronisation. Pass the result as `scheduler_metadata` to every
-    call with these lengths and this `ver`. FlashAttention-3 trusts it. The kernels of ver="triton"
-    find the same from the lengths in every launch and read nothing of it: whatever it holds, the
+    call with these lengths and this `ver`. FlashAttention-3 trusts it. For ver="triton" it is
+    advice: ragged prefill takes the order of the sequences from it, and whatever it holds, the
     numbers are right.
 
     Args:

@@ -99,7 +99,7 @@ def call_tensors(
         tensors.cache_leftpad,
         tensors.cache_batch_idx,
         tensors.sinks,
-        prefill_plan,
+        tensors.scheduler_metadata if prefill_plan is None else prefill_plan,
         None,
     )
 
@@ -435,7 +435,10 @@ def _prefill(
     most_rows: int,
     common: dict[str, Any],
 ) -> tuple[PlannedLaunch, ...]:
-    """The launch of the prefill path, behind the one that plans it where sequences may differ."""
+    """The launch of the prefill path, behind the one that plans it where nobody has.
+
+    It is planned where sequences may differ much: then most programs would find no tile.
+    """
     spec, bounds = problem.spec, problem.bounds
     # Batch-invariant: the tile must not depend on how long neighbours may be either.
     tile = prefill_tile(spec, device, 2**31 if spec.batch_invariant else most_rows)
@@ -443,7 +446,10 @@ def _prefill(
     tiles = row_tiles * bounds.batch
     planned_tiles = bounds.total_q * spec.q_heads_per_kv // tile.block_m + bounds.batch
     launches: tuple[PlannedLaunch, ...] = ()
-    if spec.query_layout == "packed" and planned_tiles < PLAN_BELOW * tiles:
+    is_planned = spec.query_layout == "packed" and planned_tiles < PLAN_BELOW * tiles
+    if is_planned:
+        tiles = planned_tiles
+    if is_planned and problem.tensors.scheduler_metadata is None:
         tensors = problem.tensors
         lengths = Lengths(
             tensors.cu_seqlens_q,
@@ -454,7 +460,6 @@ def _prefill(
             tensors.cache_leftpad,
         )
         launches += (schedule(spec, bounds, lengths, device, total_k=common["total_k"]),)
-        tiles = planned_tiles
     block_d = max(16, next_power_of_2(spec.head_dim))
     block_dv = max(16, next_power_of_2(spec.head_dim_v))
     prefill = PlannedLaunch(
@@ -466,7 +471,9 @@ def _prefill(
             segment=metadata_entries(bounds.batch) // 4,
             num_row_tiles=row_tiles,
             DECODE_ROWS=rows_of_decode,
-            BLOCK_B=_block_b(bounds.batch) if launches else 32,
+            PLANNED=is_planned,
+            BLOCK_B=_block_b(bounds.batch) if is_planned else 32,
+            ONE_BLOCK=is_planned and bounds.batch <= _block_b(bounds.batch),
             BLOCK_M=tile.block_m,
             HALVES=tile.halves,
             BLOCK_N=tile.block_n,

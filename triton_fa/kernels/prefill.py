@@ -1,7 +1,8 @@
 """Attention of many query rows: one program for each tile of rows and kv head.
 
-Where sequences differ much, programs find their tile in the plan that `schedule.py` made just
-before, longest sequences first; else tile and sequence follow from the program's number.
+Where sequences differ much, programs find their tile from the lengths, taking the sequences in the
+order of a plan (`schedule.py`), longest first; else tile and sequence follow from the program's
+number. A plan of other lengths, or garbage, changes when a tile is computed and nothing else.
 
 Key blocks that every row of the tile sees are computed without a mask; masked blocks are those
 that a sequence end, the causal diagonal or a window edge runs through. Blocks that no row sees
@@ -25,6 +26,7 @@ from triton_fa.kernels.primitives import (
     left_padding,
     page_ids,
     query_span,
+    row_tiles,
     seen_keys,
     softcapped,
     visible_keys,
@@ -32,18 +34,58 @@ from triton_fa.kernels.primitives import (
 
 
 @triton.jit
-def planned_tile(tile, plan_ptr, batch, segment, BLOCK_B: tl.constexpr):
+def sequences_in_order(plan_ptr, batch, segment, BLOCK_B: tl.constexpr):
+    """The plan's order of up to BLOCK_B sequences, or their own where it is not an order of them.
+
+    It may be of another batch, or garbage: it is one if every sequence's place leads back to it.
+    """
+    idx = tl.arange(0, BLOCK_B)
+    mask = idx < batch
+    entry = tl.load(plan_ptr + 2 * segment + idx, mask=mask, other=0)
+    seq_idx = entry & 0xFFFF
+    inside = mask & (seq_idx < batch)
+    there = tl.load(plan_ptr + 2 * segment + seq_idx, mask=inside, other=-1)
+    wrong = tl.sum((mask & ((there >> 16) != idx)).to(tl.int32), 0)
+    return tl.where(mask & (wrong == 0), seq_idx, idx)
+
+
+@triton.jit
+def planned_tile(
+    tile,
+    plan_ptr,
+    batch,
+    segment,
+    lengths,
+    GROUP: tl.constexpr,
+    DECODE_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
     """(sequence, its row tile counted from the last) of a tile; (batch, 0) behind the last tile."""
-    place = 0
-    before = 0
-    for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-        idx = start + tl.arange(0, BLOCK_B)
-        upto = tl.load(plan_ptr + 3 * segment + idx, mask=idx < batch, other=2147483647)
-        passed = upto <= tile
-        place += tl.sum(passed.to(tl.int32), 0)
-        before = tl.maximum(before, tl.max(tl.where(passed, upto, 0), 0))
-    seq_idx = tl.load(plan_ptr + 2 * segment + place, mask=place < batch, other=0)
-    return tl.where(place < batch, seq_idx, batch), tile - before
+    if ONE_BLOCK:
+        seq_idx = sequences_in_order(plan_ptr, batch, segment, BLOCK_B)
+        idx = tl.arange(0, BLOCK_B)
+        tiles = row_tiles(seq_idx, idx < batch, lengths, GROUP, DECODE_ROWS, BLOCK_M)
+        upto = tl.cumsum(tiles, 0)
+        passed = (upto <= tile) & (idx < batch)
+        place = tl.sum(passed.to(tl.int32), 0)
+        before = tl.max(tl.where(passed, upto, 0), 0)
+        found = tl.max(tl.where(idx == place, seq_idx, 0), 0)
+    else:
+        place = 0
+        before = 0
+        carry = 0
+        for start in tl.range(0, batch, BLOCK_B, num_stages=1):
+            idx = start + tl.arange(0, BLOCK_B)
+            tiles = row_tiles(idx, idx < batch, lengths, GROUP, DECODE_ROWS, BLOCK_M)
+            upto = carry + tl.cumsum(tiles, 0)
+            passed = (upto <= tile) & (idx < batch)
+            place += tl.sum(passed.to(tl.int32), 0)
+            before = tl.maximum(before, tl.max(tl.where(passed, upto, 0), 0))
+            carry += tl.sum(tiles, 0)
+        found = place
+    return tl.where(place < batch, found, batch), tile - before
 
 
 @triton.jit
@@ -387,7 +429,9 @@ def prefill_kernel(
     HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     DECODE_ROWS: tl.constexpr,
+    PLANNED: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -425,15 +469,26 @@ def prefill_kernel(
     )
     pid = tl.program_id(0)
     head = pid % NUM_HEADS_KV
-    if plan_ptr is not None:
-        seq_idx, from_last = planned_tile(pid // NUM_HEADS_KV, plan_ptr, batch, segment, BLOCK_B)
+    if PLANNED:
+        seq_idx, from_last = planned_tile(
+            pid // NUM_HEADS_KV,
+            plan_ptr,
+            batch,
+            segment,
+            lengths,
+            GROUP,
+            DECODE_ROWS,
+            BLOCK_M,
+            BLOCK_B,
+            ONE_BLOCK,
+        )
     else:
         seq_idx = (pid // NUM_HEADS_KV) % batch
         from_last = pid // (NUM_HEADS_KV * batch)
     first_q, seqlen_q = query_span(seq_idx, seq_idx < batch, lengths)
     num_rows = seqlen_q * GROUP
     # The last rows see the most keys under a causal mask: they go first.
-    if plan_ptr is not None:
+    if PLANNED:
         row_tile = (num_rows + BLOCK_M - 1) // BLOCK_M - 1 - from_last
     else:
         row_tile = num_row_tiles - 1 - from_last

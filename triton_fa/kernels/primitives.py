@@ -163,6 +163,16 @@ def seen_keys(token, offset, padding, seqlen_k, windows):
 
 
 @triton.jit
+def row_tiles(
+    seq_idx, mask, lengths, GROUP: tl.constexpr, DECODE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Row tiles of sequences on the prefill path: those of more than DECODE_ROWS rows."""
+    _, seqlen_q = query_span(seq_idx, mask, lengths)
+    rows = seqlen_q * GROUP
+    return tl.where(rows > DECODE_ROWS, (rows + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@triton.jit
 def visible_keys(first_token, end_token, offset, padding, seqlen_k, windows):
     """[begin, end) of the keys that query tokens [first_token, end_token) see between them."""
     begin, _ = seen_keys(first_token, offset, padding, seqlen_k, windows)

@@ -3,10 +3,11 @@
 int32, `4 * br + 1` entries with br = batch rounded up to a multiple of 4; per sequence:
     [0, br)        inclusive prefix sum of decode tiles (`line.py`)
     [br, 2 br)     visible keys
-    [2 br, 3 br)   the sequences in prefill order, longest first
+    [2 br, 3 br)   the sequences in prefill order, longest first, and 2^16 times the inverse
     [3 br, 4 br)   inclusive prefix sum of query row tiles in that order
     [4 br]         a tag of layout, tile sizes and window
-Nothing in it is trusted: the attention kernels find what they need from the lengths.
+Nothing in it is trusted. The prefill kernel takes the order if it is one; all else the attention
+kernels find from the lengths, which costs no more than checking.
 """
 
 from __future__ import annotations
@@ -20,28 +21,19 @@ from triton_fa.kernels.primitives import (
     key_span,
     left_padding,
     query_span,
+    row_tiles,
     visible_keys,
 )
 
 
 @triton.jit
-def prefill_work(
-    seq_idx,
-    mask,
-    lengths,
-    windows,
-    GROUP: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Row tiles of sequences on the prefill path (0 for others), and the keys they see."""
+def visible_count(seq_idx, mask, lengths, windows):
+    """Keys that sequences see."""
     _, seqlen_q = query_span(seq_idx, mask, lengths)
     _, seqlen_k = key_span(seq_idx, mask, lengths)
     padding = left_padding(seq_idx, mask, seqlen_k, lengths)
     begin, end = visible_keys(0, seqlen_q, seqlen_k - seqlen_q, padding, seqlen_k, windows)
-    rows = seqlen_q * GROUP
-    tiles = tl.where(rows > MAX_ROWS, (rows + BLOCK_M - 1) // BLOCK_M, 0)
-    return tiles, tl.where(mask, end - begin, 0)
+    return tl.where(mask, end - begin, 0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -88,6 +80,7 @@ def schedule_kernel(
         leftpad_ptr,
     )
     windows = (window_left, window_right, attention_chunk)
+    order_ptr = (plan_ptr + 2 * segment).to(tl.pointer_type(tl.int16))
     decode_before = 0
     rows_before = 0
     for start in tl.range(0, batch, BLOCK_B, num_stages=1):
@@ -96,20 +89,22 @@ def schedule_kernel(
         tiles = decode_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_N)[7]
         tl.store(plan_ptr + idx, decode_before + tl.cumsum(tiles, 0), mask=mask)
         decode_before += tl.sum(tiles, 0)
-        row_tiles, visible = prefill_work(idx, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_M)
+        rows = row_tiles(idx, mask, lengths, GROUP, MAX_ROWS, BLOCK_M)
+        visible = visible_count(idx, mask, lengths, windows)
         tl.store(plan_ptr + segment + idx, visible, mask=mask)
         order = idx
         if ORDERED:
             # Longest first; equal lengths in batch order. Absent sequences go last.
-            work = row_tiles.to(tl.int64) * (visible // BLOCK_N + 1)
+            work = rows.to(tl.int64) * (visible // BLOCK_N + 1)
             work = tl.where(mask, tl.minimum(work, 0xFFFFF), -1).to(tl.int32)
             keys = tl.sort(work * BLOCK_B + (BLOCK_B - 1 - idx), descending=True)
             order = BLOCK_B - 1 - (keys & (BLOCK_B - 1))
-            in_order = tl.minimum(order, batch - 1)
-            row_tiles, _ = prefill_work(in_order, mask, lengths, windows, GROUP, MAX_ROWS, BLOCK_M)
-        tl.store(plan_ptr + 2 * segment + idx, order, mask=mask)
-        tl.store(plan_ptr + 3 * segment + idx, rows_before + tl.cumsum(row_tiles, 0), mask=mask)
-        rows_before += tl.sum(row_tiles, 0)
+            rows = row_tiles(order, order < batch, lengths, GROUP, MAX_ROWS, BLOCK_M)
+        # Each entry: a sequence in its lower half, in the upper one the place of sequence `idx`.
+        tl.store(order_ptr + 2 * idx, order.to(tl.int16), mask=mask)
+        tl.store(order_ptr + 2 * order + 1, idx.to(tl.int16), mask=mask)
+        tl.store(plan_ptr + 3 * segment + idx, rows_before + tl.cumsum(rows, 0), mask=mask)
+        rows_before += tl.sum(rows, 0)
     # The padding of each segment, so that equal lengths give equal bits.
     pad = batch + tl.arange(0, 4)
     for part in tl.static_range(4):
