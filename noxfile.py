@@ -86,6 +86,18 @@ def wheel(session: nox.Session) -> None:
         session.run("python", "-c", "import triton_fa; print(triton_fa.__file__)")
 
 
+@nox.session(default=False)
+@nox.parametrize("triton", ["3.6.0", "newest"])
+def portability(session: nox.Session, triton: str) -> None:
+    """Compile every kernel and tile for every chip: ``nox -s portability -- --target gfx942``."""
+    session.install(*CONSTRAINTS, "-e", ".")
+    if triton == "newest":
+        session.install(*CONSTRAINTS, "--upgrade", "triton")
+    else:
+        session.install(f"triton=={triton}")
+    session.run("python", "-m", "tests.portability", *session.posargs)
+
+
 @nox.session(venv_backend="none", default=False)
 def parity_gpu(session: nox.Session) -> None:
     """The main job in this environment, with every peer required to be present."""

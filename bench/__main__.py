@@ -1,14 +1,15 @@
 """``python -m bench decode|prefill|step|metadata|overhead``: time workloads, print one table.
 
 Needs a CUDA device. Every row is checked before it is timed, and a wrong row makes the exit status
-1. Rows come from workloads.py, methods from timing.py, and the result file carries both with the
-GPU, driver, versions, commit, clocks, command and date.
+1. Rows come from workloads.py, methods from timing.py, and the result file, written anew after each
+row, carries both with the GPU, driver, versions, commit, clocks, command and date.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from bench.variants import BASELINE, VARIANTS, bind
 KINDS = (*workloads.CORE, "overhead")
 # Small calls, where the host's share shows, one of each entry point.
 OVERHEAD_ROWS = ("1x1024.32/8x128.p16", "8x512.32/8x128.p16", "16x1024.32/8x128")
+DEFAULT = "triton,3,4"
+# In a step it matters whether layers share a schedule or each makes its own.
+DEFAULT_STEP = "triton,triton-nometa,3,3-nometa,4"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -34,7 +38,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--backend",
         action="append",
-        help=f"of {','.join(VARIANTS)}, a list or several times  [triton,3,4]",
+        help=f"of {','.join(VARIANTS)}, a list or several times  "
+        f"[{DEFAULT}; {DEFAULT_STEP} for step]",
     )
     parser.add_argument("--repeat", type=int, default=5, help="interleaved bursts per row")
     parser.add_argument("--set", choices=("core", "grid"), default="core", dest="row_set")
@@ -56,7 +61,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--compile-only", action="store_true", help="compile the Triton variants and stop"
     )
     options = parser.parse_args(arguments)
-    chosen = ",".join(options.backend or ["triton,3,4"])
+    default = DEFAULT_STEP if options.kind == "step" else DEFAULT
+    chosen = ",".join(options.backend or [default])
     options.labels = [label for label in dict.fromkeys(chosen.split(",")) if label]
     if unknown := [label for label in options.labels if label not in VARIANTS]:
         parser.error(f"--backend: expected some of {','.join(VARIANTS)}, got {unknown}")
@@ -104,7 +110,8 @@ def overhead_table(results: list[dict[str, Any]], labels: list[str]) -> str:
     return "\n".join([report.table(header, rows), *sorted(remarks)])
 
 
-def write(path: Path, environment_: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(path: Path, environment_: dict[str, Any], rows: list[dict[str, Any]], asked: int) -> None:
+    """Write the result file; a run that is killed leaves what it had, fewer rows than asked for."""
     method = {
         "chain_calls": CHAIN,
         "flush_bytes": FLUSH_BYTES,
@@ -112,8 +119,15 @@ def write(path: Path, environment_: dict[str, Any], rows: list[dict[str, Any]]) 
         "ratio": f"median over bursts of {BASELINE} time / own time",
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment_, "method": method, "rows": rows}
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    content = {
+        "environment": environment_,
+        "method": method,
+        "rows": rows,
+        "rows_asked": asked,
+    }
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    unfinished.replace(path)
 
 
 def main(arguments: list[str]) -> int:
@@ -139,33 +153,42 @@ def main(arguments: list[str]) -> int:
     for name in ("gpu", "torch", "triton", "commit", "command"):
         print(f"{name}: {where[name]}")
     labels: list[str] = options.labels
+
+    def save(results: list[dict[str, Any]]) -> None:
+        if options.output:
+            write(options.output, where, results, asked=len(rows))
+
     if options.kind == "overhead":
         results = run_overhead(rows, labels)
+        save(results)
         text, wrong, skipped = overhead_table(results, labels), 0, 0
     else:
-        measurements, results = run_rows(rows, labels, options)
+        measurements = run_rows(rows, options, save)
         text = report.summary(measurements, labels)
         wrong = sum(len(m.failed) for m in measurements)
         skipped = sum(bool(o.skipped) for m in measurements for o in m.outcomes.values())
-    if options.output:
-        write(options.output, where, results)
     print(text)
     return 1 if wrong or (skipped and options.require_peers) else 0
 
 
 def run_rows(
-    rows: tuple[workloads.Workload, ...], labels: list[str], options: argparse.Namespace
-) -> tuple[list[Measurement], list[dict[str, Any]]]:
+    rows: tuple[workloads.Workload, ...],
+    options: argparse.Namespace,
+    save: Callable[[list[dict[str, Any]]], None],
+) -> list[Measurement]:
     flusher = Flusher()
     measurements, results = [], []
     for index, row in enumerate(rows, 1):
         begin = time.perf_counter()
-        measurement = measure(row, labels, flusher, options.repeat, against_peer=not options.fp32)
+        measurement = measure(
+            row, options.labels, flusher, options.repeat, against_peer=not options.fp32
+        )
         measurements.append(measurement)
-        results.append(as_json(measurement) | {"gpu_state": environment.gpu_state()})
+        results.append(as_json(measurement))
+        save(results)
         seconds = time.perf_counter() - begin
         print(f"[{index}/{len(rows)}] {row.name} {seconds:.1f} s", file=sys.stderr, flush=True)
-    return measurements, results
+    return measurements
 
 
 if __name__ == "__main__":

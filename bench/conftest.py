@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import environment
-from bench.measure import Outcome, measure
+from bench.measure import Measurement, Outcome, measure
 from bench.timing import Flusher
 from bench.workloads import Workload
 
@@ -39,14 +39,15 @@ def record(benchmark: Any, flusher: Flusher) -> Any:
     """Measure one row on one variant, judged by fp32 attention, and keep the GPU times."""
 
     def run(row: Workload, label: str) -> Outcome:
-        seen: list[Outcome] = []
+        seen: list[Measurement] = []
 
         def once() -> None:
-            seen.append(measure(row, [label], flusher, bursts=3).outcomes[label])
+            seen.append(measure(row, [label], flusher, bursts=3))
 
         benchmark.group = row.name
         benchmark.pedantic(once, rounds=1, iterations=1)
-        outcome = seen[-1]
+        measured = seen[-1]
+        outcome = measured.outcomes[label]
         if outcome.skipped:
             pytest.skip(f"{label}: {outcome.skipped}")
         benchmark.extra_info.update(
@@ -56,7 +57,7 @@ def record(benchmark: Any, flusher: Flusher) -> Any:
             chain_us=outcome.times.best("chain"),
             deviation=outcome.deviation,
             note=outcome.note,
-            gpu_state=environment.gpu_state(),
+            gpu=measured.gpu,
         )
         assert outcome.correct is not False, f"{label}: deviates by {outcome.deviation}"
         return outcome

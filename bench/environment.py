@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import triton_fa
+from bench import vllm_triton
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_FIELDS = ("name", "driver_version", "power.limit", "memory.total", "clocks.max.sm")
@@ -42,6 +43,16 @@ def nvidia_smi(fields: tuple[str, ...]) -> dict[str, str]:
 def gpu_state() -> dict[str, str]:
     """Clocks, power and temperature now."""
     return nvidia_smi(STATE_FIELDS)
+
+
+def clock_and_power() -> dict[str, float] | None:
+    """SM clock in MHz and power in W, quick to read; None without the library torch asks."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return {"mhz": torch.cuda.clock_rate(), "watts": torch.cuda.power_draw() / 1e3}
+    except ModuleNotFoundError:
+        return None
 
 
 def version(distribution: str) -> str:
@@ -84,4 +95,6 @@ def describe(commit: str = "") -> dict[str, Any]:
             str(ver): status.detail if status.available else f"unavailable: {status.reason}"
             for ver, status in triton_fa.backends().items()
         },
+        "vllm": "not fetched" if vllm_triton.missing() else vllm_triton.VERSION,
+        "cudnn": torch.backends.cudnn.version() or "",
     }

@@ -9,8 +9,10 @@ import torch
 
 import triton_fa
 from bench.counters import cache_bytes, flops, mandatory_bytes
+from bench.environment import clock_and_power, gpu_state
 from bench.inputs import Inputs, make_inputs
 from bench.judge import budget, judge
+from bench.launches import launches
 from bench.timing import CHAIN, Flusher, Times, capture, copies_for, interleaved
 from bench.variants import BASELINE, VARIANTS, Bound, bind
 from bench.workloads import Workload
@@ -29,6 +31,8 @@ class Outcome:
     correct: bool | None = None
     skipped: str = ""  # why there is nothing
     note: str = ""
+    launches: int | None = None  # of one layer, or of the schedule where that is all
+    plan_launches: int | None = None  # of the schedule that layers share
 
 
 @dataclass
@@ -39,6 +43,20 @@ class Measurement:
     outcomes: dict[str, Outcome]
     bytes: int
     flops: int
+    gpu: dict[str, Any] = field(default_factory=dict)  # clocks and power around and in the bursts
+
+    def terabytes(self, us: float | None) -> float | None:
+        """TB/s of mandatory bytes; None where nothing was timed, or only the schedule."""
+        return self._rate(self.bytes, us)
+
+    def teraflops(self, us: float | None) -> float | None:
+        """TFLOP/s of visible pairs; None as above."""
+        return self._rate(self.flops, us)
+
+    def _rate(self, amount: int, us: float | None) -> float | None:
+        if us is None or self.row.phase == "metadata":
+            return None
+        return amount * self.row.layers / us / 1e6
 
     @property
     def failed(self) -> list[str]:
@@ -84,13 +102,26 @@ def measure(
                     verdict(outcomes[label], inputs, out, peer)
         right = {n: b for n, b in bound.items() if outcomes[n].correct is not False}
         outs.clear()
-        timed = time_all(row, inputs, right, flusher, bursts)
-    for label, times in timed.items():
-        outcomes[label].times = times
+        gpu: dict[str, Any] = {"before": gpu_state()}
+        timed, gpu["bursts"] = time_all(row, inputs, right, flusher, bursts)
+        gpu["after"] = gpu_state()
+        for label, one_bound in right.items():
+            outcomes[label].times = timed[label]
+            count_launches(outcomes[label], label, one_bound, inputs)
     del inputs, bound, right
     gc.collect()
     torch.cuda.empty_cache()
-    return Measurement(row, outcomes, mandatory_bytes(row), flops(row))
+    return Measurement(row, outcomes, mandatory_bytes(row), flops(row), gpu)
+
+
+def count_launches(outcome: Outcome, label: str, bound: Bound, inputs: Inputs) -> None:
+    if not VARIANTS[label].captured:
+        return
+    if inputs.row.phase != "metadata":
+        outcome.launches = launches(on(bound, inputs))
+        outcome.plan_launches = launches(bound.plan) if bound.plan else 0
+    elif bound.plan:
+        outcome.launches = launches(bound.plan)
 
 
 def single(label: str, calls: list[Callable[[], object]]) -> Callable[[], object]:
@@ -133,7 +164,13 @@ def on(bound: Bound, inputs: Inputs) -> Callable[[], object]:
 
 def time_all(
     row: Workload, inputs: Inputs, bound: dict[str, Bound], flusher: Flusher, bursts: int
-) -> dict[str, Times]:
+) -> tuple[dict[str, Times], dict[str, list[dict[str, float] | None]]]:
+    """The times of each variant, and the GPU's clock and power after each burst of a column."""
+    states: dict[str, list[dict[str, float] | None]] = {"clean": [], "dirty": [], "chain": []}
+
+    def watch(column: str) -> Callable[[], object]:
+        return lambda: states[column].append(clock_and_power())
+
     ones: dict[str, Callable[[], object]] = {}
     chains: dict[str, Callable[[], object]] = {}
     for label, one_bound in bound.items():
@@ -141,10 +178,10 @@ def time_all(
         ones[label] = single(label, one)
         if chain:
             chains[label] = single(label, chain)
-    clean = interleaved(ones, flusher.clean, bursts)
-    dirty = interleaved(ones, flusher.dirty, bursts)
-    chained = interleaved(chains, flusher.clean, bursts) if chains else {}
-    return {
+    clean = interleaved(ones, flusher.clean, bursts, watch("clean"))
+    dirty = interleaved(ones, flusher.dirty, bursts, watch("dirty"))
+    chained = interleaved(chains, flusher.clean, bursts, watch("chain")) if chains else {}
+    times = {
         label: Times(
             clean=clean[label],
             dirty=dirty[label],
@@ -152,6 +189,7 @@ def time_all(
         )
         for label in bound
     }
+    return times, states
 
 
 def as_json(measurement: Measurement) -> dict[str, Any]:
@@ -162,11 +200,16 @@ def as_json(measurement: Measurement) -> dict[str, Any]:
         "family": measurement.row.family,
         "bytes": measurement.bytes,
         "flops": measurement.flops,
+        "gpu": measurement.gpu,
         "variants": {
             label: {
                 "clean_us": outcome.times.clean,
                 "dirty_us": outcome.times.dirty,
                 "chain_us": outcome.times.chain,
+                "tb_per_s": measurement.terabytes(outcome.times.best("clean")),
+                "tflop_per_s": measurement.teraflops(outcome.times.best("clean")),
+                "launches": outcome.launches,
+                "plan_launches": outcome.plan_launches,
                 "deviation": outcome.deviation,
                 "against": outcome.against,
                 "correct": outcome.correct,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import product
 from statistics import geometric_mean
 
 from bench.measure import Measurement
@@ -36,12 +37,11 @@ def number(value: float) -> str:
 
 def rate(measurement: Measurement, us: float | None) -> str:
     """TB/s of mandatory bytes where the row is about memory, TFLOP/s where it is about products."""
-    phase = measurement.row.phase
-    if us is None or phase == "metadata":
+    if (terabytes := measurement.terabytes(us)) is None:
         return "-"
-    if phase == "prefill":
-        return f"{measurement.flops / us / 1e6:.0f} TF"
-    return f"{measurement.bytes * measurement.row.layers / us / 1e6:.2f} TB"
+    if measurement.row.phase == "prefill":
+        return f"{measurement.teraflops(us):.0f} TF"
+    return f"{terabytes:.2f} TB"
 
 
 def ratio_to(measurement: Measurement, label: str, column: str, base: str) -> float | None:
@@ -81,8 +81,14 @@ def summary(
                 value = ratio_to(m, label, column, base)
                 line.append("-" if value is None else f"{value:.2f}")
         rows.append(line)
-    parts = [table(header, rows), *averages(measurements, compared, base), *remarks(measurements)]
-    return "\n".join(parts)
+    return "\n".join(
+        [
+            table(header, rows),
+            *averages(measurements, compared, base),
+            *step_launches(measurements),
+            *remarks(measurements),
+        ]
+    )
 
 
 def averages(
@@ -92,16 +98,27 @@ def averages(
         "all rows": list(measurements),
         "rows up to 150 MB": [m for m in measurements if m.bytes <= SMALL_BYTES],
     }
-    for label in compared:
-        for group, members in groups.items():
-            found = [ratio_to(m, label, "clean", base) for m in members]
-            values = [v for v in found if v is not None and math.isfinite(v)]
-            if values:
-                mean, worst = geometric_mean(values), min(values)
-                yield (
-                    f"{label} over {base}, L2 clean, {group}: geometric mean {mean:.3f}, "
-                    f"least {worst:.2f}, {len(values)} rows"
-                )
+    for label, column, (group, members) in product(compared, ("clean", "chain"), groups.items()):
+        found = [ratio_to(m, label, column, base) for m in members]
+        values = [v for v in found if v is not None and math.isfinite(v)]
+        if values:
+            mean, worst = geometric_mean(values), min(values)
+            yield (
+                f"{label} over {base}, {column}, {group}: geometric mean {mean:.3f}, "
+                f"least {worst:.2f}, {len(values)} rows"
+            )
+
+
+def step_launches(measurements: Sequence[Measurement]) -> Iterable[str]:
+    """What a layer of a step launches, and what the schedule does that its layers share."""
+    for m in measurements:
+        if m.row.phase == "step":
+            for label, o in m.outcomes.items():
+                if o.launches is not None:
+                    yield (
+                        f"{m.row.name}, {label}: {o.launches} launches a layer, "
+                        f"{o.plan_launches} for the shared schedule"
+                    )
 
 
 def remarks(measurements: Sequence[Measurement]) -> Iterable[str]:

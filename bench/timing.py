@@ -107,13 +107,19 @@ def burst(calls: Mapping[str, Call], flush: Call, samples: int) -> dict[str, flo
 
 
 def interleaved(
-    calls: Mapping[str, Call], flush: Call, bursts: int
+    calls: Mapping[str, Call], flush: Call, bursts: int, after_burst: Call = lambda: None
 ) -> dict[str, tuple[float, ...]]:
-    """Burst medians of every call. The first burst sets the sample count and warms up."""
+    """Burst medians of every call. The first burst sets the sample count and warms up.
+
+    `after_burst` runs when the samples of a burst are complete, before those of the next begin.
+    """
     slowest = max(burst(calls, flush, samples=3).values(), default=0.0)
     low, high = SAMPLES
     samples = max(low, min(high, int(BURST_SECONDS * 1e6 / max(slowest, 1.0))))
-    seen = [burst(calls, flush, samples) for _ in range(bursts)]
+    seen = []
+    for _ in range(bursts):
+        seen.append(burst(calls, flush, samples))
+        after_burst()
     return {name: tuple(medians[name] for medians in seen) for name in calls}
 
 

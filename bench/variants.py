@@ -1,4 +1,7 @@
-"""What is compared: one public call per backend, strict, with its own schedule where legal."""
+"""What is compared: one public call per backend, strict, with its own schedule where legal.
+
+Peers that are no backend of the package come as functions of their own.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +10,10 @@ from typing import Any
 import torch
 
 import triton_fa
+from bench import sdpa, vllm_triton
 from bench.inputs import Inputs
+
+Attention = Callable[[Inputs], torch.Tensor]
 
 BASELINE = "3"
 # Rows whose schedule an engine computes once per step, outside the layers.
@@ -23,6 +29,7 @@ class Variant:
     batch_invariant: bool = False
     scheduled: bool = True  # give it metadata where the row allows
     captured: bool = True  # False: reads lengths on the host, so it is timed eagerly
+    peer: Callable[[Inputs], Attention] | None = None  # makes the call where no backend does
 
 
 VARIANTS: dict[str, Variant] = {
@@ -35,6 +42,8 @@ VARIANTS: dict[str, Variant] = {
         Variant("3", 3),
         Variant("3-nometa", 3, scheduled=False),
         Variant("4", 4),
+        Variant(vllm_triton.LABEL, vllm_triton.LABEL, peer=vllm_triton.bind_attention),
+        Variant(sdpa.LABEL, sdpa.LABEL, peer=sdpa.bind_attention),
     )
 }
 
@@ -43,7 +52,7 @@ VARIANTS: dict[str, Variant] = {
 class Bound:
     """A variant tied to one workload: ``call(inputs)`` computes, ``plan()`` makes the schedule."""
 
-    call: Callable[[Inputs], torch.Tensor]
+    call: Attention
     plan: Callable[[], torch.Tensor] | None
     note: str = ""  # what differs from the rule, for the report
 
@@ -77,6 +86,8 @@ def bind(variant: Variant, inputs: Inputs) -> Bound:
     Raises:
         triton_fa.TritonFAError: the backend is missing, or refuses this workload; says why.
     """
+    if variant.peer:
+        return Bound(variant.peer(inputs), None)
     row = inputs.row
     plan, metadata, note = None, None, ""
     if row.phase in SCHEDULED and variant.scheduled:

@@ -3,30 +3,42 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend
 
 import triton_fa
-from bench import counters, judge, report, workloads
-from bench.__main__ import main, parse
+from bench import counters, judge, report, sdpa, timing, vllm_triton, workloads
+from bench.__main__ import main, parse, run_rows, write
 from bench.compile_ahead import commands
-from bench.environment import kernel_digest
+from bench.environment import clock_and_power, kernel_digest
 from bench.inputs import Inputs, make_inputs
+from bench.launches import graph_nodes, launches
 from bench.measure import Measurement, Outcome, as_json, measure
 from bench.timing import ROTATION_BYTES, Flusher, Times, copies_for, ratio
 from bench.variants import VARIANTS, bind
 from bench.workloads import CORE, GRID, LLAMA3_8B, Workload, decode, find, prefill, shrunk
+from reference.entries import flash_attn_with_kvcache as reference_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = [row for rows in (*CORE.values(), *GRID.values()) for row in rows]
 SIDE = st.none() | st.integers(-12, 24)
 CPU = torch.device("cpu")
+needs_vllm = pytest.mark.skipif(
+    bool(vllm_triton.missing()), reason=f"vLLM's files are not here: {vllm_triton.FETCH}"
+)
 
 
 def brute_force(q_len: int, k_len: int, left: int | None, right: int | None) -> tuple[int, int]:
@@ -177,8 +189,9 @@ def test_page_tables_name_every_page_once() -> None:
     assert not torch.equal(torch.cat(used), pages)  # shuffled
 
 
-def tiny(row: Workload) -> Inputs:
-    return make_inputs(dataclasses.replace(shrunk(row, top=24), dtype="float32"), CPU)
+def tiny(row: Workload, device: str = "cpu") -> Inputs:
+    small = dataclasses.replace(shrunk(row, top=24), dtype="float32")
+    return make_inputs(small, torch.device(device))
 
 
 def dense_mask(row: Workload, index: int) -> torch.Tensor:
@@ -274,13 +287,18 @@ def test_the_torch_backend_passes_the_judge(name: str) -> None:
 def untimed(monkeypatch: pytest.MonkeyPatch) -> Flusher:
     """A device to measure on that has no clock: every call runs once and takes 7 µs."""
 
-    def once(calls: dict[str, Any], flush: Any, bursts: int) -> dict[str, tuple[float, ...]]:
+    def once(
+        calls: dict[str, Any], flush: Any, bursts: int, after_burst: Callable[[], object]
+    ) -> dict[str, tuple[float, ...]]:
         flush()
         for call in calls.values():
             call()
+        for _ in range(bursts):
+            after_burst()
         return {label: (7.0,) * bursts for label in calls}
 
     monkeypatch.setattr("bench.measure.interleaved", once)
+    monkeypatch.setattr("bench.measure.clock_and_power", lambda: {"mhz": 1980, "watts": 600.0})
     return Flusher("cpu", size=1024)
 
 
@@ -294,6 +312,101 @@ def test_a_row_is_checked_timed_and_reported(untimed: Flusher) -> None:
     assert outcome.times.chain == (7.0 / 20,) * 3
     assert done.outcomes["3"].skipped
     assert report.summary([done], ["torch", "3"]).count("skipped") == 1
+
+
+def test_a_result_row_holds_rates_and_the_state_of_the_gpu(untimed: Flusher) -> None:
+    row = dataclasses.replace(shrunk(find("8x512.32/8x128.p16"), top=24), dtype="float32")
+    done = json.loads(json.dumps(as_json(measure(row, ["torch"], untimed, bursts=3))))
+    found = done["variants"]["torch"]
+    assert found["tb_per_s"] == pytest.approx(counters.mandatory_bytes(row) / 7e6)
+    assert found["tflop_per_s"] == pytest.approx(counters.flops(row) / 7e6)
+    assert done["gpu"].keys() == {"before", "bursts", "after"}
+    assert done["gpu"]["bursts"] == {
+        column: [{"mhz": 1980, "watts": 600.0}] * 3 for column in ("clean", "dirty", "chain")
+    }
+
+
+def test_the_gpu_is_read_after_each_burst_and_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def burst(calls: dict[str, Any], flush: Any, samples: int) -> dict[str, float]:
+        seen.append("burst")
+        return dict.fromkeys(calls, 5.0)
+
+    monkeypatch.setattr(timing, "burst", burst)
+    times = timing.interleaved({"a": print}, print, 2, lambda: seen.append("read"))
+    assert times == {"a": (5.0, 5.0)}
+    assert seen == ["burst", "burst", "read", "burst", "read"]
+
+
+def test_a_schedule_alone_has_no_rate() -> None:
+    done = measured("plan.8.32/8x128.p16", 10, 20)
+    assert done.terabytes(10.0) is None
+    assert done.teraflops(10.0) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")
+def test_without_a_gpu_there_is_no_clock_and_no_launch() -> None:
+    assert clock_and_power() is None
+    assert launches(lambda: None) is None
+
+
+def test_launches_are_the_nodes_of_a_graph() -> None:
+    def nodes(graph: Any, found: Any, count: Any) -> int:
+        assert graph.value == 0x1234
+        assert found is None
+        count._obj.value = 3
+        return 0
+
+    assert graph_nodes(0x1234, SimpleNamespace(cuGraphGetNodes=nodes)) == 3
+    with pytest.raises(AssertionError, match="cuGraphGetNodes: 1"):
+        graph_nodes(0x1234, SimpleNamespace(cuGraphGetNodes=lambda graph, found, count: 1))
+
+
+def test_a_step_says_what_a_layer_launches(
+    untimed: Flusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[int] = []
+
+    def capture(calls: list[Callable[[], object]]) -> SimpleNamespace:
+        captured.append(len(calls))
+        return SimpleNamespace(replay=lambda: None)
+
+    monkeypatch.setattr("bench.measure.capture", capture)
+    monkeypatch.setattr("bench.measure.launches", lambda call: 2)
+    monkeypatch.setitem(VARIANTS, "torch", dataclasses.replace(VARIANTS["torch"], captured=True))
+    row = shrunk(find("1x8192.32/8x128.p16.layers64"), top=24)
+    row = dataclasses.replace(row, dtype="float32", layers=3)
+    done = measure(row, ["torch"], untimed, bursts=1)
+    assert captured == [3]
+    text = report.summary([done], ["torch"])
+    assert f"{row.name}, torch: 2 launches a layer, 0 for the shared schedule" in text
+    assert json.loads(json.dumps(as_json(done)))["variants"]["torch"]["launches"] == 2
+
+
+def test_a_step_compares_shared_schedules_with_one_per_layer() -> None:
+    assert parse(["step"]).labels == ["triton", "triton-nometa", "3", "3-nometa", "4"]
+
+
+def test_a_run_that_dies_keeps_the_rows_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = workloads.select("decode", "^1x1024|^8x512")
+    path = tmp_path / "new" / "result.json"
+
+    def one_then_killed(row: Workload, *_: Any, **__: Any) -> Measurement:
+        if path.exists():
+            raise KeyboardInterrupt
+        return measured(row.name, 10, 20)
+
+    monkeypatch.setattr("bench.__main__.measure", one_then_killed)
+    monkeypatch.setattr("bench.__main__.Flusher", lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        run_rows(rows, parse(["decode"]), lambda done: write(path, {}, done, len(rows)))
+    content = json.loads(path.read_text())
+    assert [row["name"] for row in content["rows"]] == [rows[0].name]
+    assert content["rows_asked"] == len(rows) == 3
+    assert [p.name for p in path.parent.iterdir()] == ["result.json"]
 
 
 def test_a_wrong_variant_is_not_timed(untimed: Flusher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,9 +434,10 @@ def test_a_chain_rotates_over_more_than_the_l2() -> None:
 
 def measured(name: str, ours: float, base: float) -> Measurement:
     row = find(name)
+    chain = (base / 4,) * 3 if row.family == "small" else ()
     outcomes = {
-        "triton": Outcome(Times(clean=(ours,) * 3), deviation=0.001, correct=True),
-        "3": Outcome(Times(clean=(base,) * 3)),
+        "triton": Outcome(Times((ours,) * 3, chain=chain), deviation=0.001, correct=True),
+        "3": Outcome(Times((base,) * 3, chain=chain)),
         "4": Outcome(skipped="not installed"),
     }
     return Measurement(row, outcomes, counters.mandatory_bytes(row), counters.flops(row))
@@ -336,8 +450,9 @@ def test_the_table_shows_times_rates_ratios_and_what_is_missing() -> None:
     assert "2.00" in first
     assert "0.42 TB" in first
     assert "skipped" in first
-    assert "all rows: geometric mean 1.414, least 1.00, 2 rows" in text
-    assert "rows up to 150 MB: geometric mean 2.000" in text
+    assert "triton over 3, clean, all rows: geometric mean 1.414, least 1.00, 2 rows" in text
+    assert "clean, rows up to 150 MB: geometric mean 2.000" in text
+    assert "triton over 3, chain, all rows: geometric mean 1.000, least 1.00, 1 rows" in text
     assert "! 4: not installed (1x1024.32/8x128.p16 and 1 more)" in text
     assert max(map(len, text.splitlines())) < 200
 
@@ -407,3 +522,156 @@ def test_compiling_ahead_covers_every_row_once(processes: int) -> None:
 def test_nothing_is_compiled_ahead_of_peers_alone() -> None:
     rows = workloads.select("decode", "", False)
     assert commands("decode", "core", rows, ["3", "4"], 4) == []
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "name",
+    [
+        "giant64.32/8x128.p16",
+        "16x8192.16/8x256.p16.cap50",
+        "8x32768.64/8x64.p16.w1024.sinks",
+        "8x4096.64/8x64.p16.q2",
+        "mixed.31x2048+2048of8192.32/8x128.p16",
+    ],
+)
+def test_vllms_kernel_agrees_with_the_reference(name: str, device: str) -> None:
+    x = tiny(find(name), device)
+    want, _ = reference_attention(
+        x.q,
+        x.k,
+        x.v,
+        cache_seqlens=x.seqused_k,
+        page_table=x.page_table,
+        cu_seqlens_q=x.cu_seqlens_q,
+        causal=x.row.causal,
+        window_size=x.row.window,
+        softcap=x.row.softcap,
+        sinks=x.sinks,
+    )
+    out = bind(VARIANTS["vllm-triton"], x).call(x)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-3 if device == "cuda" else 1e-5)
+    assert not [module for module in sys.modules if module.split(".")[0] == "vllm"]
+
+
+@needs_vllm
+def test_vllms_kernels_compile_for_hopper() -> None:
+    """In a process of its own: where these tests run, jit functions are the interpreter's."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {tuple(line.split()) for line in done.stdout.splitlines()}
+    assert found == {
+        ("kernel_unified_attention", "split"),
+        ("kernel_unified_attention", "whole"),
+        ("reduce_segments", "-"),
+    }
+
+
+def compile_vllm() -> None:
+    """Compile what vLLM's function launches for decode and prefill rows, and print it."""
+    from triton.backends.compiler import GPUTarget
+
+    from tests.portability.compiler import recorded
+    from triton_fa.kernels.launch import cross_compile
+
+    with recorded() as launches:
+        for name in ("16x8192.32/8x128.p16", "8x4096.64/8x64.p16.q8", "2x8192.32/8x128.p64"):
+            inputs = make_inputs(shrunk(find(name)), CPU)
+            bind(VARIANTS["vllm-triton"], inputs).call(inputs)
+    for launch in launches:
+        cross_compile(launch.kernel, (), launch.values, launch.options, GPUTarget("cuda", 90, 32))
+        path = {None: "-", True: "split", False: "whole"}[launch.values.get("IS_3D")]
+        sys.stdout.write(f"{launch.kernel.__name__} {path}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("2x8192.32/8x128", "not paged"),
+        ("16x8192.32/8x128.p1", "multiple of 16"),
+        ("16x8192.32/8x128.p16.lse", "the lse"),
+    ],
+)
+def test_what_vllm_does_not_do_is_refused_by_name(name: str, reason: str) -> None:
+    with pytest.raises(triton_fa.UnsupportedError, match=f"vllm-triton.*{reason}"):
+        bind(VARIANTS["vllm-triton"], tiny(find(name)))
+
+
+def test_vllm_splits_for_batches_that_it_captures() -> None:
+    assert [vllm_triton.split_threshold(heads) for heads in (1, 8, 24, 96)] == [128, 16, 4, 1]
+
+
+def test_files_that_were_not_fetched_are_one_skipped_variant(
+    untimed: Flusher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_triton, "FOLDER", tmp_path)
+    vllm_triton.load.cache_clear()
+    row = dataclasses.replace(shrunk(find("8x512.32/8x128.p16"), top=24), dtype="float32")
+    done = measure(row, ["vllm-triton"], untimed, bursts=1)
+    assert "`python -m bench.fetch_vllm` fetches it" in done.outcomes["vllm-triton"].skipped
+
+
+def test_fetching_takes_these_files_out_of_a_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("remotezip")
+    from bench import fetch_vllm
+
+    def a_wheel(scratch: Path) -> ZipFile:
+        with ZipFile(scratch / "a.whl", "w") as wheel:
+            for name in (*vllm_triton.FILES, "vllm/large.so"):
+                wheel.writestr(name, "content")
+        return ZipFile(scratch / "a.whl")
+
+    monkeypatch.setattr(fetch_vllm, "open_wheel", a_wheel)
+    for module in (fetch_vllm, vllm_triton):
+        monkeypatch.setattr(module, "FOLDER", tmp_path)
+    assert vllm_triton.missing() == list(vllm_triton.FILES)
+    fetch_vllm.main()
+    assert vllm_triton.missing() == []
+    assert not (tmp_path / "vllm" / "large.so").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1x16384.32/8x128",
+        "16x1024.32/8x128",
+        "2x8192.24/24x128.full.dense",
+        "1x8192.16/16x192,128",
+    ],
+)
+def test_sdpa_is_the_same_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic of the call; cuDNN itself needs a GPU."""
+    monkeypatch.setattr(sdpa, "BACKEND", SDPBackend.MATH)
+    inputs = tiny(find(name))
+    assert judge.judge(inputs, bind(VARIANTS["sdpa"], inputs).call(inputs)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("16x8192.32/8x128.p16", "paged cache"),
+        ("ragged9.32/8x128", "several lengths"),
+        ("1x16384.32/8x128.w1024", "windows"),
+        ("2x8192.64/8x64.w128.sinks", "sinks"),
+        ("1x16384.16/8x256.w4096.cap50", "softcap"),
+    ],
+)
+def test_what_sdpa_does_not_do_is_refused_by_name(name: str, reason: str) -> None:
+    with pytest.raises(triton_fa.UnsupportedError, match=f"sdpa.*{reason}"):
+        bind(VARIANTS["sdpa"], tiny(find(name)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="cuDNN may take this")
+def test_cudnn_is_never_replaced_by_another_backend() -> None:
+    with pytest.raises(triton_fa.UnsupportedError, match="cuDNN"):
+        bind(VARIANTS["sdpa"], tiny(find("1x16384.32/8x128")))
+
+
+if __name__ == "__main__":
+    compile_vllm()

@@ -201,7 +201,7 @@ def append_kernel(
         )
     elif ROTARY_DIM > 0:
         pid -= new_blocks * NUM_HEADS_KV
-        head = (pid % NUM_HEADS_Q).to(tl.int64)
+        q_head = (pid % NUM_HEADS_Q).to(tl.int64)
         token = pid // NUM_HEADS_Q * BLOCK_T + tl.arange(0, BLOCK_T)
         if cu_seqlens_q_ptr is not None:
             seq_idx = sequence_of(token, cu_seqlens_q_ptr, batch, BLOCK_B)
@@ -221,8 +221,8 @@ def append_kernel(
         if MOVING:
             position += nth
         copy_turned(
-            q_ptr + head * q_stride_h + q_rows,
-            turned_ptr + (token.to(tl.int64) * NUM_HEADS_Q + head) * HEAD_DIM,
+            q_ptr + q_head * q_stride_h + q_rows,
+            turned_ptr + (token.to(tl.int64) * NUM_HEADS_Q + q_head) * HEAD_DIM,
             live,
             position,
             rotary,
