@@ -1,250 +1,51 @@
 """Every kernel compiles for every chip without one, fits its shared memory and spills nothing hot.
 
-jit functions are made for the interpreter where these tests run, so each chip is compiled for in
-a process of its own: this file, run as a script.
+This is the part of ``python -m tests.portability`` that every change runs: fewer chips and cases.
 """
 
+import dataclasses
 import json
-import os
-import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 import torch
 
-from triton_fa.device import DeviceFacts
-from triton_fa.normalize import Options, problem
-from triton_fa.problem import AttnResult, Lengths, Problem, Tensors
-from triton_fa.spec import metadata_entries
+from tests.portability import __main__ as portability
+from tests.portability.binary import amd, gcn, local_in_loops, sass
+from tests.portability.cases import CASES, CORE, LARGE, LONG, decode, prefill
+from tests.portability.compiler import (
+    Compiled,
+    Step,
+    compiled,
+    faults,
+    misfits,
+    planned,
+    planning_for,
+)
+from tests.portability.targets import TARGETS
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Chip:
-    """What a kernel is compiled for, and planned on."""
-
-    arch: int | str
-    warp_size: int
-    facts: DeviceFacts
-
-
-CHIPS = {
-    "sm_80": Chip(80, 32, DeviceFacts("cuda", (8, 0), 108, 163 << 10)),
-    "sm_90": Chip(90, 32, DeviceFacts("cuda", (9, 0), 132, 227 << 10)),
-    "sm_100": Chip(100, 32, DeviceFacts("cuda", (10, 0), 148, 227 << 10)),
-    "sm_120": Chip(120, 32, DeviceFacts("cuda", (12, 0), 170, 99 << 10)),
-    "gfx942": Chip("gfx942", 64, DeviceFacts("hip", (0, 0), 304, 64 << 10)),
-    "gfx950": Chip("gfx950", 64, DeviceFacts("hip", (0, 0), 256, 160 << 10)),
-}
-
-
-def paged(
-    dtype: torch.dtype,
-    heads: int,
-    dim: int,
-    page_size: int,
-    seqlen_q: int = 1,
-    num_splits: int = 0,
-) -> Problem:
-    """Four sequences with a cache; several query tokens are packed, with metadata, on any path."""
-    batch, heads_kv = 4, 2
-    cache = torch.zeros(8, page_size, heads_kv, dim, dtype=dtype)
-    tensors = Tensors(
-        torch.zeros(batch, 1, heads, dim, dtype=dtype),
-        cache,
-        torch.zeros_like(cache),
-        page_table=torch.zeros(batch, 4, dtype=torch.int32),
-        seqused_k=torch.zeros(batch, dtype=torch.int32),
-    )
-    if seqlen_q == 1:
-        return problem(
-            tensors, Options("kvcache", causal=True, num_splits=num_splits, return_lse=True)
-        )
-    q = torch.zeros(batch * seqlen_q, heads, dim, dtype=dtype)
-    cu_seqlens_q = torch.zeros(batch + 1, dtype=torch.int32)
-    metadata = torch.zeros(metadata_entries(batch), dtype=torch.int32)
-    options = Options("kvcache", causal=True, max_seqlen_q=seqlen_q)
-    return problem(
-        tensors._replace(q=q, cu_seqlens_q=cu_seqlens_q, scheduler_metadata=metadata), options
-    )
-
-
-def packed(dtype: torch.dtype, dim: int, window: tuple[int, int], softcap: float) -> Problem:
-    """Two sequences of up to 256 queries and keys, unsplit: what the prefill kernel computes."""
-    heads, heads_kv, seqlen = 8, 2, 256
-    q = torch.zeros(2 * seqlen, heads, dim, dtype=dtype)
-    k = torch.zeros(2 * seqlen, heads_kv, dim, dtype=dtype)
-    cu = torch.zeros(3, dtype=torch.int32)
-    tensors = Tensors(
-        q,
-        k,
-        torch.zeros_like(k),
-        cu_seqlens_q=cu,
-        cu_seqlens_k=cu,
-        sinks=torch.zeros(heads, dtype=dtype),
-    )
-    options = Options(
-        "varlen",
-        causal=True,
-        window_size=window,
-        softcap=softcap,
-        num_splits=1,
-        max_seqlen_q=seqlen,
-        max_seqlen_k=seqlen,
-        return_lse=True,
-    )
-    return problem(tensors, options)
-
-
-SPECS: dict[str, Callable[[], Problem]] = {
-    "decode-128": lambda: paged(torch.bfloat16, 16, 128, 64),
-    "decode-128-pieces": lambda: paged(torch.bfloat16, 16, 128, 64, num_splits=4),
-    "decode-96-two-panels": lambda: paged(torch.bfloat16, 16, 96, 16),
-    "decode-256": lambda: paged(torch.bfloat16, 8, 256, 64),
-    "mixed-128-page-16": lambda: paged(torch.bfloat16, 8, 128, 16, seqlen_q=128),
-    "prefill-128": lambda: packed(torch.bfloat16, 128, (-1, -1), 0.0),
-    "prefill-64-window-softcap": lambda: packed(torch.float16, 64, (64, -1), 30.0),
-    "mixed-float32": lambda: paged(torch.float32, 8, 64, 16, seqlen_q=128),
-}
-# Shared memory and registers are shortest here; slow to compile, so on the tightest chips only.
-LARGE = {
-    "prefill-256": lambda: packed(torch.bfloat16, 256, (-1, -1), 0.0),
-    "mixed-256-float32": lambda: paged(torch.float32, 8, 256, 16, seqlen_q=128),
-}
+CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+# Shared memory and registers are shortest here, so the large cases are compiled here only.
+TIGHT = ("sm_120", "gfx942")
 # The cases that decide the speed of decode. Others may spill: see the table that is printed.
 UNSPILLED = ("decode-128", "decode-128-pieces", "decode-96-two-panels")
-TIGHT = ("sm_120", "gfx942")
-
-CASES = [(chip, name) for chip in CHIPS for name in SPECS] + [
-    (chip, name) for chip in TIGHT for name in LARGE
-]
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of one launch."""
-
-    case: str
-    kernel: str
-    tile: str
-    described: bool  # through tensor descriptors
-    shared: int
-    registers: int
-    spilled: int  # bytes of local memory a thread, or spilled vector registers
-    error: str = ""
-
-    def __str__(self) -> str:
-        if self.error:
-            return f"{self.case:26} {self.kernel:15} {self.error}"
-        return (
-            f"{self.case:26} {self.kernel:15} {self.tile:22} {'TMA' if self.described else '':3} "
-            f"shared {self.shared:6} registers {self.registers:3} spilled {self.spilled}"
-        )
-
-
-# ---------------------------------------------------------------- in a process of its own
-
-
-def compile_case(chip: Chip, name: str) -> Iterator[Compiled]:
-    """Plan a spec on a chip and compile what was planned."""
-    from triton.backends.compiler import GPUTarget
-
-    from triton_fa.kernels.launch import cross_compile
-    from triton_fa.kernels.plans import call_tensors, length_tensors, plan, schedule
-
-    target = GPUTarget(chip.facts.kind, chip.arch, chip.warp_size)
-    given = (SPECS | LARGE)[name]()
-    lse = torch.zeros(1) if given.return_lse else None
-    out = torch.zeros(1, dtype=given.spec.dtype)
-    planned = plan(given, chip.facts)
-    # A workspace that is not needed is not there, which decides what is compiled.
-    part = torch.zeros(1) if planned.partial_floats else None
-    order = torch.zeros(1, dtype=torch.int32) if planned.plan_entries else None
-    tensors = call_tensors(given.tensors, AttnResult(out, lse), part, order)
-    steps = [(step, tensors) for step in planned.launches]
-    metadata = given.tensors.scheduler_metadata
-    if metadata is not None:
-        lengths = Lengths(**{name: getattr(given.tensors, name) for name in Lengths._fields})
-        step = schedule(given.spec, given.bounds, lengths, chip.facts)
-        steps.append((step, length_tensors(lengths, metadata)))
-    for step, arguments in steps:
-        values, options = step.values, step.options
-        tile = f"{values.get('BLOCK_M', '')}x{values['BLOCK_N']}" if "BLOCK_N" in values else ""
-        tile += f" warps {options['num_warps']} stages {options.get('num_stages', '-')}"
-        about = (name, step.kernel.__name__, tile, step.key_box is not None)
-        try:
-            made = cross_compile(step.kernel, step.pointers(arguments), values, options, target)
-        except Exception as error:  # noqa: BLE001  whatever the compiler raises is the result
-            text = f"{type(error).__name__}: {error}"
-            yield Compiled(*about, 0, 0, 0, text[-2000:])
-        else:
-            yield Compiled(*about, made.metadata.shared, *_registers(made.asm))
-
-
-def _registers(asm: dict[str, bytes | str]) -> tuple[int, int]:
-    """(registers, spilled) from the binary itself."""
-    if "amdgcn" in asm:
-        counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count): +(\d+)", str(asm["amdgcn"])))
-        return int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin = asm["cubin"]
-    assert isinstance(cubin, bytes)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        text = subprocess.run(
-            [tool, "-res-usage", path], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", text)[-1]
-    return int(registers), int(stack)
-
-
-def main(chip: str, names: list[str]) -> None:
-    """What a test process reads: a line of JSON for each launch, as soon as it is compiled."""
-    for name in names:
-        for found in compile_case(CHIPS[chip], name):
-            sys.stdout.write(json.dumps(asdict(found)) + "\n")
-            sys.stdout.flush()
-
-
-# ---------------------------------------------------------------- the tests
-
-
-def compiled(chip: str) -> list[Compiled]:
-    """All launches of a chip's cases."""
-    names = [name for other, name in CASES if other == chip]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    done = subprocess.run(
-        [sys.executable, __file__, chip, *names],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    found = [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
-    if done.returncode:  # an assertion in LLVM ends the process, and the cases that follow
-        error = f"exit status {done.returncode}: {done.stderr[-3000:]}"
-        missing = names[len({c.case for c in found}) :] or names[-1:]
-        found += [Compiled(name, "", "", False, 0, 0, 0, error) for name in missing]
-    return found
 
 
 def expected_kernels(name: str) -> set[str]:
     """The kernels that a case is there for."""
     kernels: set[str] = set()
-    if "decode" in name or "mixed" in name:
+    if name.startswith("merge"):
+        return {"merge_pair_kernel" if "pair" in name else "merge_splits_kernel"}
+    if "append" in name:
+        kernels |= {"append_kernel"}
+    if "append" in name or "decode" in name or "mixed" in name:
         kernels |= {"decode_kernel", "combine_kernel"}
     if "prefill" in name or "mixed" in name:
         kernels |= {"prefill_kernel"}
@@ -256,16 +57,16 @@ def expected_kernels(name: str) -> set[str]:
 @pytest.mark.parametrize("chip", CHIPS)
 def test_every_plan_compiles_and_fits(chip: str) -> None:
     """One test for a chip: its cases share a process, and tests may run in several."""
-    facts = CHIPS[chip].facts
-    found = compiled(chip)
+    facts = TARGETS[chip].facts
+    names = [*CORE, *(LARGE if chip in TIGHT else ())]
+    found = list(compiled(chip, names))
     sys.stdout.write("\n".join(map(str, found)) + "\n")
-    problems = [f"does not compile: {c}" for c in found if c.error]
-    problems += [f"too much shared memory: {c}" for c in found if c.shared > facts.shared_memory]
-    for name in {name for other, name in CASES if other == chip}:
+    problems = [text for c in found for text in misfits(c)]
+    for name in names:
         kernels = {c.kernel for c in found if c.case == name}
         if kernels != expected_kernels(name):
             problems.append(f"{name}: {kernels} were launched")
-    problems += [f"spills: {c}" for c in found if c.case in UNSPILLED and c.spilled]
+    problems += [f"spills: {c}" for c in found if c.case in UNSPILLED and c.local]
     has_descriptors = facts.kind == "cuda" and facts.arch >= (9, 0)
     problems += [
         f"reads through descriptors, or does not: {c}"
@@ -275,5 +76,138 @@ def test_every_plan_compiles_and_fits(chip: str) -> None:
     assert not problems, "\n".join(problems)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+# ---------------------------------------------------------------- the matrix itself
+
+
+def tiles(launches: Iterable[Step]) -> set[tuple[object, ...]]:
+    """What distinguishes compilations of the two attention kernels for one kind of head."""
+    return {
+        (x.kernel.__name__, x.tile, x.values.get("HALVES"), x.options.get("maxnreg"))
+        for x in launches
+        if x.kernel.__name__ in ("decode_kernel", "prefill_kernel")
+    }
+
+
+@pytest.mark.parametrize("chip", TARGETS)
+def test_the_matrix_has_every_shipped_tile(chip: str) -> None:
+    attention = [case for case in CASES if not case.startswith("merge")]
+    reached = tiles(launch for case in attention for launch in planned(TARGETS[chip], case))
+    with planning_for(TARGETS[chip]) as shipped:
+        for dtype, dim in product((torch.bfloat16, torch.float32), (16, *range(32, 257, 32))):
+            for rows in (1, 16, 32, 64, 128):
+                decode(rows, dim, dtype=dtype)()
+            for seqlen in (256, LONG):
+                prefill(seqlen, dim, dtype=dtype)()
+    assert tiles(shipped) - reached == set()
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;        /* 0x0000df00ff017b82 */
+        /*0010*/                   STL [R1+0x34], RZ ;            /* 0x000034ff01007387 */
+        /*0020*/              @P0 BRA 0x70 ;                      /* 0x0000004000a80947 */
+        /*0030*/                   LDL.64 R2, [R1+0x34] ;         /* 0x00003000010a7983 */
+        /*0040*/              @P3 BRA 0x60 ;                      /* 0x0000004000a80947 */
+        /*0050*/             @!P1 BRA P2, 0x30 ;                  /* 0xffffffc000d88947 */
+        /*0060*/                   LDL R2, [R1+0x34] ;            /* 0x00003000010a7983 */
+        /*0070*/                   EXIT ;                         /* 0x000000000000794d */
+        /*0080*/                   BRA 0x80;                      /* 0xfffffffc00fc7947 */
+"""
+GCN = """
+kernel:
+; %bb.0:
+\tscratch_store_b32 off, v5, off offset:1320 ; 4-byte Folded Spill
+\ts_cbranch_scc1 .LBB0_3
+.LBB0_1:                                ; =>This Loop Header: Depth=1
+.LBB0_2:
+\tbuffer_load_dwordx4 v[4:7], v9, s[8:11], 0 offen
+\tbuffer_load_dword v1, off, s[0:3], 0 offset:4 ; 4-byte Folded Reload
+\tscratch_load_b32 v0, off, off offset:808 ; 4-byte Folded Reload
+\ts_cbranch_vccnz .LBB0_2
+\ts_branch .LBB0_1
+.LBB0_3:
+\tscratch_load_b32 v0, off, off offset:808
+\ts_endpgm
+    .private_segment_fixed_size: 2076
+    .vgpr_count:     256
+"""
+
+
+HINTS = SASS.replace(" ;  ", " &req={0} ?trans6;  ")
+
+
+def test_local_memory_counts_where_it_is_touched_again_and_again() -> None:
+    assert [x.local for x in sass(SASS)].count(True) == 3
+    assert local_in_loops(sass(SASS)) == 1
+    assert sass(HINTS) == sass(SASS)
+    assert HINTS != SASS
+    assert local_in_loops(sass(SASS.replace("0x30 ;", "0x60 ;"))) == 0
+    assert local_in_loops(sass("code that this tool cannot read")) is None
+    assert [x.local for x in gcn(GCN)].count(True) == 4
+    assert amd(GCN) == (256, 2076, 2)
+    assert local_in_loops(gcn(GCN.replace("s_branch .LBB0_1", "s_branch .LBB0_3"))) == 2
+
+
+def test_a_case_that_kills_the_compiler_costs_itself_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[str]] = []
+
+    def dies_at_b(target: str, cases: list[str], kernels: str, log: IO[str]) -> Any:
+        asked.append(list(cases))
+        lines = [f"print({json.dumps(json.dumps(c))}, flush=True)" for c in cases if c != "b"]
+        if cases[0] != "c":
+            lines[cases.index("b") :] = ["import sys; sys.exit('out of registers')"]
+        command = [sys.executable, "-c", "\n".join(lines)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    monkeypatch.setattr("tests.portability.compiler.worker", dies_at_b)
+    (found,) = compiled("sm_90", ["a", "b", "c"])
+    assert asked == [["a", "b", "c"], ["c"]]
+    assert found.case == "b"
+    assert "out of registers" in found.error
+
+
+GOOD = Compiled("sm_90", "decode-128", "decode_kernel", "16x64", True, 81920, 160)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"error": "no such instruction"}, "does not compile"),
+        ({"shared": 300_000}, "too much shared memory"),
+        ({"local": 8, "in_loops": 2}, "local memory in a loop"),
+        ({"local": 8, "in_loops": None}, None),
+        ({"local": 8}, None),
+    ],
+)
+def test_the_matrix_fails_on_faults_and_writes_its_tables(
+    change: dict[str, Any], fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = dataclasses.replace(GOOD, **change)
+    monkeypatch.setattr(portability, "compiled", lambda target, cases, kernels: [one])
+    arguments = ["--target", "sm_90", "--kernel", "decode", "--output", str(tmp_path)]
+    status = portability.main(arguments)
+    assert status == (fault is not None)
+    assert [text.startswith(str(fault)) for text in faults(one)] == [True] * status
+    (table,) = tmp_path.glob("*.md")
+    assert "| decode-128 | decode_kernel | 16x64 |" in table.read_text()
+    (data,) = tmp_path.glob("*.json")
+    assert json.loads(data.read_text())["launches"] == [dataclasses.asdict(one)]
+
+
+def test_a_kernel_that_no_case_launches_is_at_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(portability, "compiled", lambda target, cases, kernels: [GOOD])
+    assert portability.main(["--target", "sm_90", "--output", str(tmp_path)]) == 1
+    assert "no case launches it: prefill_kernel" in capsys.readouterr().out
+
+
+def test_a_part_of_the_matrix_can_be_asked_for() -> None:
+    options = portability.parse(
+        ["--target", "gfx942", "--target", "sm_90", "--case", "^prefill-96"]
+    )
+    assert options.target == ["gfx942", "sm_90"]
+    assert options.cases == ["prefill-96-long", "prefill-96-short"]
+    with pytest.raises(SystemExit):
+        portability.parse(["--target", "sm_75"])

@@ -1,13 +1,26 @@
-"""Tile tables: what a plan asks of a chip is there, for every head_dim, dtype and chip."""
+"""Tile tables: what a plan asks of a chip is there, for every head_dim, dtype and chip.
+
+And the choice between the table and what was measured.
+"""
 
 import itertools
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import triton_fa
+from triton_fa import device as device_facts
+from triton_fa import store
 from triton_fa.device import DeviceFacts
+from triton_fa.kernels import choice, plans
 from triton_fa.schedule import tiles
 from triton_fa.schedule.tiles import (
+    decode_fits,
     decode_programs,
     decode_tile,
     next_power_of_2,
@@ -23,9 +36,12 @@ CHIPS = {
     "sm_90": DeviceFacts("cuda", (9, 0), 132, 227 << 10),
     "sm_100": DeviceFacts("cuda", (10, 0), 148, 227 << 10),
     "sm_120": DeviceFacts("cuda", (12, 0), 170, 99 << 10),
-    "gfx942": DeviceFacts("hip", (0, 0), 304, 64 << 10),
-    "gfx950": DeviceFacts("hip", (0, 0), 256, 160 << 10),
+    "gfx942": DeviceFacts("hip", (0, 0), 304, 64 << 10, 64),
+    "gfx950": DeviceFacts("hip", (0, 0), 256, 160 << 10, 64),
+    "gfx1100": DeviceFacts("hip", (0, 0), 96, 64 << 10, 32),
+    "cpu": DeviceFacts("cpu", (0, 0), 4, 1 << 20),
 }
+H200 = CHIPS["sm_90"]
 DIMS = range(8, 257, 8)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -128,10 +144,10 @@ def test_a_prefill_tile_fits(chip: str, dtype: torch.dtype) -> None:
 def test_a_decode_tile_fits(chip: str, dtype: torch.dtype) -> None:
     device = CHIPS[chip]
     for problem, rows in itertools.product(specs(dtype), ROWS):
+        if not decode_fits(problem, device, rows):
+            continue  # see the test below
         tile = decode_tile(problem, device, rows)
         dim = max(sum(panels(problem.head_dim)), sum(panels(problem.head_dim_v)))
-        if max(16, rows) * dim * dtype.itemsize > device.shared_memory:
-            continue  # not even q fits: see the test below
         # Buffers that are live at once: with stages K and V of each, without one after the other.
         stages = tile.num_stages - 1
         blocks = 2 * stages * tile.block_n if stages else 0
@@ -143,14 +159,78 @@ def test_a_decode_tile_fits(chip: str, dtype: torch.dtype) -> None:
         assert tile.programs_per_sm >= 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chip", CHIPS)
-def test_only_wide_float32_heads_of_128_rows_cannot_fit(chip: str) -> None:
+def test_rows_of_the_decode_path(chip: str, dtype: torch.dtype) -> None:
     device = CHIPS[chip]
-    for dtype, dim, rows in itertools.product(DTYPES, DIMS, ROWS):
-        q_bytes = max(16, rows) * sum(panels(dim)) * dtype.itemsize
-        if q_bytes > device.shared_memory:
-            assert (dtype, rows) == (torch.float32, 128)
-            assert dim > 128
+    for problem in specs(dtype):
+        dim = max(problem.head_dim, problem.head_dim_v)
+        taken = [decode_fits(problem, device, rows) for rows in ROWS]
+        assert taken == sorted(taken, reverse=True)  # if so many, fewer as well
+        most = ROWS[sum(taken) - 1]
+        if chip == "cpu":
+            assert most == 128  # interpreted tests reach every size
+        elif dtype == torch.float32:
+            assert most == 16
+        elif dim > 128:
+            assert most <= 32 if chip == "gfx1100" else most >= 64
+        else:
+            assert most >= 64
+            assert most == 128 or dim > 64
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_sequence_is_on_one_path_only(chip: str) -> None:
+    """Whatever its bound: the decode path takes the rows that its tiles are for."""
+    device = CHIPS[chip]
+    for dtype, dim, group in itertools.product(DTYPES, (64, 128, 256), (1, 4, 16, 24, 64, 128)):
+        problem = replace(spec(dtype, dim, dim), num_heads_q=group, num_heads_kv=1)
+        for layout, features in itertools.product(
+            ("dense", "packed"), (frozenset(), frozenset({"batch_invariant"}))
+        ):
+            made = replace(problem, query_layout=layout, features=features)
+            rows = {}
+            for tokens in (1, 2, 5, 16, 4096):
+                most = tokens * group
+                rows[tokens] = plans.decode_rows(made, device, most, varlen_q=True)
+                assert not rows[tokens] or decode_fits(made, device, rows[tokens])
+                assert not rows[tokens] or is_power_of_2(rows[tokens])
+            if features:
+                assert len(set(rows.values())) == 1
+            else:  # one new token of each sequence is decoded where the chip takes its rows
+                assert (rows[1] >= group) == decode_fits(made, device, group)
+
+
+MEASURED_DECODE = {  # head_dim, rows: what was measured on an H200 (docs/log.md)
+    (64, 1): (128, 4, 3, 2),
+    (64, 16): (128, 4, 3, 2),
+    (64, 32): (64, 4, 3, 2),
+    (64, 64): (64, 4, 3, 2),
+    (128, 1): (64, 4, 3, 2),
+    (128, 16): (64, 4, 3, 2),
+    (128, 32): (64, 4, 2, 1),
+    (128, 64): (64, 4, 2, 1),
+    (256, 1): (64, 4, 3, 1),
+    (256, 16): (64, 4, 3, 1),
+    (256, 32): (64, 4, 2, 1),
+    (256, 64): (32, 4, 2, 1),
+}
+MEASURED_PREFILL = {  # head_dim, most rows of a sequence
+    (64, 4096): (128, 64, 4, 3, 2),
+    (64, 4097): (128, 64, 4, 3, 2),
+    (128, 4096): (128, 64, 4, 2, 2),
+    (128, 4097): (256, 64, 8, 3, 2),
+    (256, 4096): (128, 64, 8, 2, 1),
+    (256, 4097): (128, 64, 8, 2, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_tiles_that_were_measured(dtype: torch.dtype) -> None:
+    for (dim, rows), decode in MEASURED_DECODE.items():
+        assert decode_tile(spec(dtype, dim, dim), H200, rows) == tiles.DecodeTile(*decode)
+    for (dim, rows), prefill in MEASURED_PREFILL.items():
+        assert prefill_tile(spec(dtype, dim, dim), H200, rows) == tiles.PrefillTile(*prefill)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -183,3 +263,251 @@ def test_ranges_end_where_equal_sequences_do() -> None:
     assert decode_programs(facts, tile, 8, 64, 0) == 32 * 8
     assert decode_programs(facts, tile, 1, 1024, 0) == 256
     assert decode_programs(facts, tile, 8, 7, 0) == 264  # 28 would idle a sixth
+
+
+# ---------------------------------------------------------------- what may be measured
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_candidates_fit(chip: str, dtype: torch.dtype) -> None:
+    device = CHIPS[chip]
+    for problem in (spec(dtype, dim, dim) for dim in (16, 64, 96, 128, 192, 256)):
+        for rows in (n for n in (1, 16, 64, 128) if decode_fits(problem, device, n)):
+            shipped, *others = tiles.decode_candidates(problem, device, rows)
+            assert shipped == decode_tile(problem, device, rows)
+            assert len({shipped, *others}) == 1 + len(others) <= 100
+            dim = max(sum(tiles.decode_panels(problem.head_dim, rows)), 16)
+            for tile in others:
+                needed = tiles._decode_bytes(tile, rows, dim, dtype.itemsize)
+                assert needed <= device.shared_memory, (problem, tile)
+                assert all(map(is_power_of_2, (tile.block_n, tile.num_warps)))
+        for rows in (64, 4096, 2**31):
+            shipped_too, *more = tiles.prefill_candidates(problem, device, rows)
+            assert shipped_too == prefill_tile(problem, device, rows)
+            assert len({shipped_too, *more}) == 1 + len(more) <= 100
+            dim = max(16, next_power_of_2(problem.head_dim))
+            for found in more:
+                needed = tiles._prefill_bytes(found, dim, dtype.itemsize)
+                assert needed <= device.shared_memory, (problem, found)
+                assert found.block_m // found.halves >= 16 * found.num_warps
+
+
+def test_there_is_something_to_measure_where_tiles_were_not() -> None:
+    for chip in ("sm_80", "sm_86", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"):
+        problem = spec(torch.bfloat16, 64, 64)
+        assert len(tiles.decode_candidates(problem, CHIPS[chip], 8)) > 5
+        assert len(tiles.prefill_candidates(problem, CHIPS[chip], 4096)) > 5
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 4096, 4097, 2**31])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_class_of_rows_has_one_shipped_tile(chip: str, rows: int) -> None:
+    """Else an entry would be made for one and read for the other."""
+    problem, device = spec(torch.bfloat16, 128, 128), CHIPS[chip]
+    most = next((n for n in tiles.LONG_ROWS if rows <= n), 2**31)
+    assert prefill_tile(problem, device, rows) == prefill_tile(problem, device, most)
+
+
+# ---------------------------------------------------------------- measured or shipped
+
+BF16 = spec(torch.bfloat16, 128, 128)
+
+
+@pytest.fixture
+def measured(fresh: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """An empty store, and tensors of the CPU that count as a chip's."""
+    fresh.setenv("TRITON_FA_CACHE_DIR", str(tmp_path))
+    fresh.setattr(choice, "chip", lambda device: "a chip sm_90")
+    choice.forget()
+    store._warned.clear()
+    yield fresh
+    choice.forget()
+    store._warned.clear()
+
+
+def enter(made: choice.Choice[Any], tile: object) -> None:
+    """Put a tile into the store, as another process would."""
+    assert store.write(dict(made.key), {"tile": tile}) is not None
+
+
+def test_an_entry_is_used_instead_of_the_table(measured: pytest.MonkeyPatch) -> None:
+    decode, prefill = choice.decode_choice(BF16, H200, 8), choice.prefill_choice(BF16, H200, 8192)
+    assert decode.candidates()[-1] != decode_tile(BF16, H200, 8)
+    enter(decode, asdict(decode.candidates()[-1]))
+    enter(prefill, asdict(prefill.candidates()[-1]))
+    assert choice.decode_tile(BF16, H200, 8) == decode.candidates()[-1]
+    assert choice.prefill_tile(BF16, H200, 8192) == prefill.candidates()[-1]
+    # And for nothing else.
+    assert choice.decode_tile(BF16, H200, 16) == decode_tile(BF16, H200, 16)
+    assert choice.prefill_tile(BF16, H200, 4096) == prefill_tile(BF16, H200, 4096)
+
+
+def test_without_an_entry_it_is_the_table(
+    measured: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rows in ROWS:
+        assert choice.decode_tile(BF16, H200, rows) == decode_tile(BF16, H200, rows)
+        assert choice.prefill_tile(BF16, H200, rows) == prefill_tile(BF16, H200, rows)
+    assert not caplog.records
+
+
+GOOD = {"block_n": 32, "num_warps": 4, "num_stages": 2, "programs_per_sm": 2}
+BAD: list[Any] = [
+    GOOD | {"block_n": 48},
+    GOOD | {"block_n": 1 << 20},
+    GOOD | {"block_n": 0},
+    GOOD | {"block_n": -32},
+    GOOD | {"block_n": 32.0},
+    GOOD | {"block_n": "32"},
+    GOOD | {"num_warps": 3},
+    GOOD | {"num_warps": 64},
+    GOOD | {"num_stages": True},
+    GOOD | {"num_stages": 100},
+    GOOD | {"programs_per_sm": 0},
+    GOOD | {"programs_per_sm": 10**9},
+    GOOD | {"block_n": 128, "num_stages": 4},  # fits no multiprocessor twice
+    GOOD | {"unknown": 1},
+    {name: value for name, value in GOOD.items() if name != "num_warps"},
+    {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2, "halves": 1},
+    {},
+    [],
+    None,
+    "64x64",
+]
+
+
+def test_the_good_tile_is_one(measured: pytest.MonkeyPatch) -> None:
+    enter(choice.decode_choice(BF16, H200, 8), GOOD)
+    assert asdict(choice.decode_tile(BF16, H200, 8)) == GOOD
+
+
+@pytest.mark.parametrize("tile", BAD, ids=str)
+def test_a_tile_that_is_no_candidate_is_a_miss(
+    measured: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tile: object
+) -> None:
+    caplog.set_level(logging.WARNING, logger="triton_fa")
+    for rows in (8, 16):
+        enter(choice.decode_choice(BF16, H200, rows), tile)
+        assert choice.decode_tile(BF16, H200, rows) == decode_tile(BF16, H200, rows)
+    assert len(caplog.records) == 1
+
+
+def test_an_entry_without_a_tile_is_a_miss(measured: pytest.MonkeyPatch) -> None:
+    store.write(dict(choice.decode_choice(BF16, H200, 8).key), {})
+    assert choice.decode_tile(BF16, H200, 8) == decode_tile(BF16, H200, 8)
+
+
+def test_batch_invariant_calls_never_look(measured: pytest.MonkeyPatch) -> None:
+    invariant = replace(BF16, features=frozenset({"batch_invariant"}))
+    for made in (choice.decode_choice(BF16, H200, 8), choice.prefill_choice(BF16, H200, 2**31)):
+        enter(made, asdict(made.candidates()[-1]))
+    measured.setattr(store, "read", lambda key: pytest.fail(f"read {key}"))
+    assert choice.decode_tile(invariant, H200, 8) == decode_tile(invariant, H200, 8)
+    assert choice.prefill_tile(invariant, H200, 2**31) == prefill_tile(invariant, H200, 2**31)
+
+
+def test_a_cpu_never_looks(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(store, "read", lambda key: pytest.fail(f"read {key}"))
+    assert choice.decode_tile(BF16, H200, 8) == decode_tile(BF16, H200, 8)
+
+
+def test_a_process_looks_once(measured: pytest.MonkeyPatch) -> None:
+    """All launches of a call agree, and all calls of a captured model."""
+    made = choice.decode_choice(BF16, H200, 8)
+    first = choice.decode_tile(BF16, H200, 8)
+    enter(made, asdict(made.candidates()[-1]))
+    assert choice.decode_tile(BF16, H200, 8) == first
+    choice.forget()
+    assert choice.decode_tile(BF16, H200, 8) == made.candidates()[-1]
+    store.clear()
+    assert choice.decode_tile(BF16, H200, 8) == made.candidates()[-1]
+
+
+def test_switched_off_the_table_is_used(measured: pytest.MonkeyPatch) -> None:
+    made = choice.decode_choice(BF16, H200, 8)
+    enter(made, asdict(made.candidates()[-1]))
+    measured.setenv("TRITON_FA_AUTOTUNE_CACHE", "0")
+    store.settings.cache_clear()
+    assert choice.decode_tile(BF16, H200, 8) == decode_tile(BF16, H200, 8)
+
+
+def test_trying_leaves_nothing_behind(measured: pytest.MonkeyPatch) -> None:
+    made = choice.decode_choice(BF16, H200, 8)
+    tile = made.candidates()[-1]
+    for _ in range(2):  # not looked up before, and looked up
+        with choice.trying(made, tile):
+            assert choice.decode_tile(BF16, H200, 8) == tile
+        assert choice.decode_tile(BF16, H200, 8) == decode_tile(BF16, H200, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "device", "rows"),
+    [
+        ({"dtype": torch.float16}, H200, 8),
+        ({"kv_dtype": torch.float8_e4m3fn}, H200, 8),
+        ({"head_dim": 64}, H200, 8),
+        ({"head_dim_v": 64}, H200, 8),
+        ({"page_size": 64}, H200, 8),
+        ({"page_size": 0}, H200, 8),
+        ({"features": frozenset({"qv"})}, H200, 8),
+        ({}, replace(H200, num_sms=66), 8),
+        ({}, H200, 16),
+    ],
+)
+def test_a_key_holds_what_a_measurement_depends_on(
+    measured: pytest.MonkeyPatch, change: dict[str, Any], device: DeviceFacts, rows: int
+) -> None:
+    mine = choice.decode_choice(BF16, H200, 8).key
+    assert choice.decode_choice(replace(BF16, **change), device, rows).key != mine
+    assert choice.prefill_choice(BF16, H200, 8).key != mine
+
+
+@pytest.mark.parametrize("name", ["FORMAT", "TRITON_VERSION", "chip"])
+def test_a_key_holds_versions_and_chip(measured: pytest.MonkeyPatch, name: str) -> None:
+    mine = choice.decode_choice(BF16, H200, 8).key
+    module = tiles if name == "FORMAT" else choice
+    measured.setattr(module, name, (lambda device: "b") if name == "chip" else 99)
+    assert choice.decode_choice(BF16, H200, 8).key != mine
+
+
+def test_pages_are_told_apart_by_the_blocks_they_hold(measured: pytest.MonkeyPatch) -> None:
+    def page(size: int) -> object:
+        return dict(choice.decode_choice(replace(BF16, page_size=size), H200, 8).key)["page"]
+
+    assert [page(n) for n in (0, 1, 16, 48, 64, 96, 128, 256, 1024)] == [
+        *(0, 1, 16, 16, 64, 32, 128, 256, 256)
+    ]
+
+
+def test_a_call_runs_with_the_measured_tile_and_looks_once(
+    measured: pytest.MonkeyPatch, device: str
+) -> None:
+    """From the store to the kernel: another block, the same numbers, and no look-up on a hit."""
+    if device != "cpu":
+        pytest.skip("tiles of the interpreter")
+    rng = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 1, 8, 32, generator=rng, dtype=torch.float16)
+    k, v = torch.randn(2, 2, 70, 2, 32, generator=rng, dtype=torch.float16)
+
+    def call() -> torch.Tensor:
+        out = triton_fa.flash_attn_with_kvcache(q, k, v, cache_seqlens=70, ver="triton")
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    shipped = call()
+    facts = device_facts.facts(q.device)
+    problem = replace(spec(torch.float16, 32, 32), key_layout="dense", page_size=0)
+    enter(choice.decode_choice(problem, facts, 4), asdict(tiles.DecodeTile(128, 8, 2, 1)))
+    triton_fa.api._RECORDS.clear()
+    choice.forget()
+    reads: list[Any] = []
+    read = store.read
+    measured.setattr(store, "read", lambda key: (reads.append(key), read(key))[1])
+    out = call()
+    assert choice.decode_tile(problem, facts, 4).block_n == 128
+    torch.testing.assert_close(out, shipped, rtol=0, atol=2e-3)
+    seen = len(reads)
+    assert seen == 1
+    call()
+    assert len(reads) == seen

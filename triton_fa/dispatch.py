@@ -211,9 +211,18 @@ def _warn_once(version: Version, reason: str) -> None:
 def _prepare(backend: Backend, problem: Problem, foreign_metadata: bool) -> Run:
     """Prepare `problem`, without a schedule that FA3 may have made: it means nothing to Triton."""
     if not foreign_metadata or problem.tensors.scheduler_metadata is None:
-        return _with_contiguous_inputs(backend, problem)
-    inner = _with_contiguous_inputs(backend, _without_metadata(problem))
+        return _dumped_if_it_fails(backend, problem)
+    inner = _dumped_if_it_fails(backend, _without_metadata(problem))
     return lambda given: inner(given._replace(scheduler_metadata=None))
+
+
+def _dumped_if_it_fails(backend: Backend, problem: Problem) -> Run:
+    """Prepare `problem`; where the environment asks for it, failing calls are written to files."""
+    if backend.ver != "triton" or not settings().dump_dir:
+        return _with_contiguous_inputs(backend, problem)
+    dump: Any = importlib.import_module("triton_fa.dump")
+    run: Run = dump.guarded(functools.partial(_with_contiguous_inputs, backend, problem), problem)
+    return run
 
 
 def _without_metadata(problem: Problem) -> Problem:

@@ -1,6 +1,7 @@
 """Every environment variable: name, default, meaning. Read once, on first use; a bad value raises.
 
-None of them changes numerics.
+None of them changes what is computed. A tuned tile may change the last bits of calls that are not
+batch-invariant.
 """
 
 from __future__ import annotations
@@ -55,9 +56,32 @@ VARIABLES: tuple[Variable, ...] = (
         "`0`: launch through Triton's own dispatcher instead of the compiled kernel's launcher",
     ),
     Variable(
+        "TRITON_FA_HOPPER",
+        "",
+        "`1`: prefill on Hopper runs on the Gluon kernel wherever it can, `0`: nowhere; empty: on "
+        "Triton versions that kernel was run on",
+    ),
+    Variable(
         "TRITON_FA_CACHE_DIR",
         "",
-        "directory for `kernels.lock`; empty: the platform's user cache directory",
+        "directory for tuned tiles and `kernels.lock`; empty: the platform's user cache directory",
+    ),
+    Variable(
+        "TRITON_FA_AUTOTUNE_CACHE",
+        "1",
+        "`0`: tuned tiles on disk are neither read nor changed; `tune` writes what it finds to a "
+        "file under `runs/`",
+    ),
+    Variable(
+        "TRITON_FA_DUMP_DIR",
+        "",
+        "directory to which a call that fails in the Triton backend is written, as a file for "
+        "`replay`; empty: nowhere",
+    ),
+    Variable(
+        "TRITON_FA_DUMP_VALUES",
+        "0",
+        "`1`: that file holds the values of queries, keys and values, too",
     ),
 )
 
@@ -72,7 +96,11 @@ class Settings:
     fa3_providers: tuple[str, ...]
     validate: bool
     direct_launch: bool
+    hopper: bool | None
     cache_dir: str
+    autotune_cache: bool
+    dump_dir: str
+    dump_values: bool
 
 
 def _flag(name: str, default: str) -> bool:
@@ -109,20 +137,40 @@ def settings() -> Settings:
         fa3_providers=providers,
         validate=_flag("TRITON_FA_VALIDATE", "0"),
         direct_launch=_flag("TRITON_FA_DIRECT_LAUNCH", "1"),
+        hopper=_flag("TRITON_FA_HOPPER", "0") if os.environ.get("TRITON_FA_HOPPER") else None,
         cache_dir=os.environ.get("TRITON_FA_CACHE_DIR", ""),
+        autotune_cache=_flag("TRITON_FA_AUTOTUNE_CACHE", "1"),
+        dump_dir=os.environ.get("TRITON_FA_DUMP_DIR", ""),
+        dump_values=_flag("TRITON_FA_DUMP_VALUES", "0"),
     )
 
 
+def in_effect() -> dict[str, str]:
+    """What the environment sets of `VARIABLES`, and of Triton's own for the interpreter."""
+    names = [*(variable.name for variable in VARIABLES), "TRITON_INTERPRET"]
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def cache_dir() -> Path:
-    """Where `kernels.lock` is looked for: `TRITON_FA_CACHE_DIR`, or the user's cache directory."""
+    """What is kept between processes lies here: `TRITON_FA_CACHE_DIR`, or the user's directory."""
     given = settings().cache_dir
     if given:
         return Path(given)
     try:
         platformdirs = importlib.import_module("platformdirs")
     except ImportError:
-        return Path.home() / ".cache" / "triton_fa"
+        # On Linux, where tiles are tuned, the same directory as with platformdirs.
+        given = os.environ.get("XDG_CACHE_HOME", "").strip()
+        return (Path(given) if given else Path.home() / ".cache") / "triton_fa"
     return Path(platformdirs.user_cache_dir("triton_fa", appauthor=False))
+
+
+def triton_cache_dir() -> Path:
+    """Where Triton keeps what it compiled, by its own variables."""
+    given = os.environ.get("TRITON_CACHE_DIR", "").strip()
+    if given:
+        return Path(given)
+    return Path(os.environ.get("TRITON_HOME", "").strip() or Path.home()) / ".triton" / "cache"
 
 
 def triton_interpreted() -> bool:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from triton_fa.api import flash_attn_with_kvcache, get_scheduler_metadata
+
+Variant = tuple[int, int]
+"""(batch, max_seqlen_q) of a call that stands for all calls that compile to the same kernels."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What calls have in common; the fields are those of `warmup`."""
+
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    page_size: int
+    causal: bool
+    window_size: tuple[int, int]
+    softcap: float
+    sinks: bool
+    return_softmax_lse: bool
+    max_seqlen_k: int
+    device: str
 
 
 def _batches(most: int) -> list[int]:
@@ -19,6 +42,12 @@ def _query_bounds(wanted: Sequence[int], group: int) -> list[int]:
     """The bounds asked for, and the smaller ones that a call with few tokens comes down to."""
     short = [1 << i for i in range(7) if group << i <= 64]
     return sorted({*wanted, *(s for s in short if s <= max(wanted, default=0))})
+
+
+def variants(group: int, max_batch: int, max_seqlens_q: Sequence[int]) -> list[Variant]:
+    """What `warmup` runs for `group` query heads a kv head."""
+    bounds = _query_bounds(max_seqlens_q, group)
+    return [(batch, most) for batch in _batches(max_batch) for most in bounds]
 
 
 def warmup(
@@ -38,11 +67,15 @@ def warmup(
     max_seqlens_q: Sequence[int] = (1,),
     max_seqlen_k: int = 8192,
     device: torch.device | str | None = None,
-) -> list[tuple[int, int]]:
+    on_variant: Callable[[Variant, int], object] | None = None,
+) -> list[Variant]:
     """Compile what calls of ver="triton" on a paged cache with these settings will run.
 
     Runs small calls on tensors of its own, with `cu_seqlens_q` as engines pass it. Later calls of
-    that form compile nothing.
+    that form compile nothing. There is one call for each pair of a batch size, about two for every
+    power of two up to `max_batch` (16 for 256), and a query bound: those given and the powers of
+    two below the largest that leave at most 64 query rows a kv head (1, 2, 4, … 16 in a model of 4
+    query heads each). Most find their kernels compiled by an earlier one.
 
     Args:
         num_heads_q: Query heads.
@@ -60,57 +93,79 @@ def warmup(
         max_seqlens_q: The `max_seqlen_q` values to prepare for, e.g. (1, 4, 2048).
         max_seqlen_k: Longest sequence; a window at least as long is no window.
         device: Default: the current CUDA device.
+        on_variant: Called after each pair with it and the number of all, e.g. to show progress.
 
     Returns:
         The (batch, max_seqlen_q) pairs that were run.
     """
-    where = torch.device("cuda" if device is None else device)
-    dim_v = head_dim if head_dim_v is None else head_dim_v
-    width = -(-max_seqlen_k // page_size)
-    k_cache = torch.zeros(1, page_size, num_heads_kv, head_dim, dtype=dtype, device=where)
-    v_cache = torch.zeros(1, page_size, num_heads_kv, dim_v, dtype=dtype, device=where)
-    logits = torch.zeros(num_heads_q, dtype=dtype, device=where) if sinks else None
-    done = []
-    for batch in _batches(max_batch):
-        lengths = torch.ones(batch, dtype=torch.int32, device=where)
-        table = torch.zeros(batch, width, dtype=torch.int32, device=where)
-        for most in _query_bounds(max_seqlens_q, num_heads_q // num_heads_kv):
-            # Few tokens, whatever the bound: lengths say how many there are.
-            tokens = max(batch, most)
-            q = torch.zeros(tokens, num_heads_q, head_dim, dtype=dtype, device=where)
-            cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=where)
-            metadata = get_scheduler_metadata(
-                batch,
-                most,
-                max_seqlen_k,
-                num_heads_q,
-                num_heads_kv,
-                head_dim,
-                lengths,
-                dtype,
-                dim_v,
-                cu_seqlens_q,
-                page_size=page_size,
-                causal=causal,
-                window_size=window_size,
-                has_softcap=softcap > 0,
-                ver="triton",
-            )
-            flash_attn_with_kvcache(
-                q,
-                k_cache,
-                v_cache,
-                cache_seqlens=lengths,
-                page_table=table,
-                cu_seqlens_q=cu_seqlens_q,
-                max_seqlen_q=most,
-                causal=causal,
-                window_size=window_size,
-                softcap=softcap,
-                sinks=logits,
-                return_softmax_lse=return_softmax_lse,
-                scheduler_metadata=metadata,
-                ver="triton",
-            )
-            done.append((batch, most))
+    model = Model(
+        num_heads_q,
+        num_heads_kv,
+        head_dim,
+        head_dim if head_dim_v is None else head_dim_v,
+        dtype,
+        page_size,
+        causal,
+        window_size,
+        softcap,
+        sinks,
+        return_softmax_lse,
+        max_seqlen_k,
+        str("cuda" if device is None else device),
+    )
+    done = variants(num_heads_q // num_heads_kv, max_batch, max_seqlens_q)
+    for variant in done:
+        run_variant(model, variant)
+        if on_variant is not None:
+            on_variant(variant, len(done))
     return done
+
+
+def run_variant(model: Model, variant: Variant) -> Variant:
+    """Compile the kernels of one variant."""
+    batch, most = variant
+    where, dtype = torch.device(model.device), model.dtype
+    page = (1, model.page_size, model.num_heads_kv)
+    k_cache = torch.zeros(*page, model.head_dim, dtype=dtype, device=where)
+    v_cache = torch.zeros(*page, model.head_dim_v, dtype=dtype, device=where)
+    lengths = torch.ones(batch, dtype=torch.int32, device=where)
+    width = -(-model.max_seqlen_k // model.page_size)
+    table = torch.zeros(batch, width, dtype=torch.int32, device=where)
+    # Few tokens, whatever the bound: lengths say how many there are.
+    tokens = max(batch, most)
+    q = torch.zeros(tokens, model.num_heads_q, model.head_dim, dtype=dtype, device=where)
+    cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=where)
+    metadata = get_scheduler_metadata(
+        batch,
+        most,
+        model.max_seqlen_k,
+        model.num_heads_q,
+        model.num_heads_kv,
+        model.head_dim,
+        lengths,
+        dtype,
+        model.head_dim_v,
+        cu_seqlens_q,
+        page_size=model.page_size,
+        causal=model.causal,
+        window_size=model.window_size,
+        has_softcap=model.softcap > 0,
+        ver="triton",
+    )
+    flash_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens=lengths,
+        page_table=table,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=most,
+        causal=model.causal,
+        window_size=model.window_size,
+        softcap=model.softcap,
+        sinks=torch.zeros(model.num_heads_q, dtype=dtype, device=where) if model.sinks else None,
+        return_softmax_lse=model.return_softmax_lse,
+        scheduler_metadata=metadata,
+        ver="triton",
+    )
+    return variant

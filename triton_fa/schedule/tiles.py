@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from triton_fa.device import DeviceFacts
 from triton_fa.spec import AttnSpec
+
+FORMAT = 1
+"""Of tiles and their candidates: measurements made with another are not used."""
+
+LONG_ROWS = (64, 4096)
+"""Prefill tiles change where one sequence may have more rows per kv head than this."""
 
 
 def next_power_of_2(n: int) -> int:
@@ -63,31 +71,100 @@ def _shared_budget(device: DeviceFacts) -> int:
     return device.shared_memory - 2048
 
 
+_PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
+    "cpu": ((256, PrefillTile(32, 32, 4, 1)),),
+    # Measured (docs/log.md). Two halves keep the tensor cores busy during softmax.
+    "hopper": (
+        (64, PrefillTile(128, 64, 4, 3, 2)),
+        (128, PrefillTile(256, 64, 8, 3, 2)),
+        (128, PrefillTile(128, 64, 4, 2, 2)),
+        (256, PrefillTile(128, 64, 8, 2)),
+        (256, PrefillTile(64, 64, 4, 2)),
+    ),
+    "blackwell": (
+        (256, PrefillTile(128, 64, 8, 2)),
+        (256, PrefillTile(64, 64, 4, 2)),
+    ),
+    "nvidia": (
+        (64, PrefillTile(128, 64, 8, 2)),
+        (128, PrefillTile(128, 32, 8, 2)),
+        (128, PrefillTile(64, 64, 4, 2)),
+        (256, PrefillTile(64, 32, 8, 2)),
+        (256, PrefillTile(32, 32, 4, 1)),
+    ),
+    "nvidia float32": (
+        (64, PrefillTile(64, 32, 8, 1)),
+        (256, PrefillTile(16, 32, 8, 1)),
+        (256, PrefillTile(16, 16, 8, 1)),
+    ),
+    "cdna": (
+        (256, PrefillTile(128, 64, 8, 2)),
+        (256, PrefillTile(64, 64, 4, 2)),
+        (256, PrefillTile(64, 32, 4, 2)),
+        (256, PrefillTile(32, 32, 4, 1)),
+    ),
+    "cdna float32": (
+        (128, PrefillTile(64, 32, 8, 1)),
+        (128, PrefillTile(32, 32, 4, 1)),
+        (256, PrefillTile(16, 32, 4, 1)),
+        (256, PrefillTile(16, 16, 4, 1)),
+    ),
+    "rdna": (
+        (64, PrefillTile(128, 32, 8, 1)),
+        (128, PrefillTile(64, 16, 8, 1)),
+        (256, PrefillTile(32, 16, 8, 1)),
+    ),
+    "rdna float32": ((256, PrefillTile(16, 16, 8, 1)),),
+}
+"""Classes of chips: pairs of the widest head a tile is for and the tile, the first choice first."""
+
+
+def _chips(device: DeviceFacts, dtype: torch.dtype) -> str:
+    """The class of chips, and of numbers, that tiles are chosen for."""
+    if device.kind == "cpu":
+        return "cpu"
+    maker = {"cuda": "nvidia", "hip": "cdna" if device.warp_size == 64 else "rdna"}[device.kind]
+    if dtype == torch.float32:
+        return f"{maker} float32"
+    return {9: "hopper", 10: "blackwell"}.get(device.arch[0], maker) if maker == "nvidia" else maker
+
+
 def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillTile:
     """The prefill tile for `spec` when one sequence has at most `max_rows` rows per kv head."""
     dim = max(next_power_of_2(spec.head_dim), next_power_of_2(spec.head_dim_v), 16)
-    if device.kind == "cpu":
-        return PrefillTile(32, 32, 4, 1)
     size = spec.dtype.itemsize
-    if size == 4:
-        choices = [PrefillTile(64, 32, 8, 1), PrefillTile(32, 32, 4, 1)] if dim <= 128 else []
-        choices += [PrefillTile(16, 32, 4, 1), PrefillTile(16, 16, 4, 1)]
-    elif device.arch[0] == 9 and max_rows > 64:
-        # Measured on an H200 (docs/log.md). Two halves keep the tensor cores busy during softmax;
-        # short sequences leave fewer rows idle in the smaller tile.
-        if dim <= 64:
-            choices = [PrefillTile(128, 64, 4, 3, 2)]
-        elif dim <= 128 and max_rows > 4096:
-            choices = [PrefillTile(256, 64, 8, 3, 2)]
-        elif dim <= 128:
-            choices = [PrefillTile(128, 64, 4, 2, 2)]
-        else:
-            choices = [PrefillTile(128, 64, 8, 2)]
-    else:
-        choices = [PrefillTile(128, 64, 8, 2)] if max_rows > 64 else []
-    choices += [PrefillTile(64, 64, 4, 2), PrefillTile(64, 32, 4, 2), PrefillTile(32, 32, 4, 1)]
+    # Short sequences leave fewer rows idle in the smaller tiles.
+    most_rows = 64 << sum(max_rows > n for n in LONG_ROWS)
+    table = _PREFILL[_chips(device, spec.dtype)]
+    choices = [t for widest, t in table if dim <= widest and t.block_m <= most_rows]
     fitting = (c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
     return next(fitting, choices[-1])
+
+
+def prefill_candidates(
+    spec: AttnSpec, device: DeviceFacts, max_rows: int
+) -> tuple[PrefillTile, ...]:
+    """What may be measured instead of `prefill_tile`, and that first. The rest fits the device."""
+    shipped = prefill_tile(spec, device, max_rows)
+    return tuple(dict.fromkeys((shipped, *_prefill_grid(spec, device))))
+
+
+def _prefill_grid(spec: AttnSpec, device: DeviceFacts) -> Iterator[PrefillTile]:
+    dim = max(next_power_of_2(spec.head_dim), next_power_of_2(spec.head_dim_v), 16)
+    size = spec.dtype.itemsize
+    for rows, keys, warps, stages, halves in itertools.product(
+        (64, 128, 256), (32, 64, 128), (4, 8), (1, 2, 3), (1, 2)
+    ):
+        tile = PrefillTile(rows, keys, warps, stages, halves)
+        fits = _prefill_bytes(tile, dim, size) <= _shared_budget(device)
+        # Each warp has the 16 rows of a matrix instruction for itself.
+        if fits and rows >= 16 * warps * halves and _held(rows, dim, warps):
+            yield tile
+
+
+def _held(rows: int, dim: int, warps: int) -> bool:
+    """Whether a program's accumulators leave its threads half of their registers."""
+    return rows * dim <= 128 * 32 * warps
 
 
 def _prefill_bytes(tile: PrefillTile, dim: int, size: int) -> int:
@@ -96,32 +173,108 @@ def _prefill_bytes(tile: PrefillTile, dim: int, size: int) -> int:
     return (tile.block_m * dim + keys) * size
 
 
-def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
-    """The decode tile for `spec`; `rows` is the row count of one sequence and kv head.
+_DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
+    "cpu": ((128, 256, DecodeTile(32, 4, 1, 2)),),
+    # Measured (docs/log.md).
+    "hopper": (
+        (16, 64, DecodeTile(128, 4, 3, 2)),
+        (64, 128, DecodeTile(64, 4, 3, 2)),
+        (64, 128, DecodeTile(64, 4, 2, 1)),
+        (32, 256, DecodeTile(64, 4, 3, 1)),
+        (32, 256, DecodeTile(64, 4, 2, 1)),
+        (128, 192, DecodeTile(64, 8, 2, 1)),
+        (128, 192, DecodeTile(32, 8, 2, 1)),
+        (64, 256, DecodeTile(32, 4, 2, 1)),
+    ),
+    "blackwell": (
+        (16, 64, DecodeTile(128, 4, 3, 2)),
+        (32, 128, DecodeTile(64, 4, 3, 2)),
+        (32, 256, DecodeTile(64, 4, 3, 1)),
+        (32, 256, DecodeTile(64, 4, 2, 1)),
+        (128, 128, DecodeTile(64, 8, 2, 1)),
+        (64, 256, DecodeTile(64, 8, 2, 1)),
+        (64, 256, DecodeTile(32, 8, 2, 1)),
+    ),
+    "nvidia": (
+        (16, 64, DecodeTile(128, 4, 3, 2)),
+        (64, 64, DecodeTile(64, 4, 3, 2)),
+        (64, 64, DecodeTile(64, 4, 2, 1)),
+        (32, 256, DecodeTile(64, 4, 2, 1)),
+        (32, 256, DecodeTile(32, 4, 2, 1)),
+        (32, 256, DecodeTile(32, 4, 1, 1)),
+        (128, 192, DecodeTile(64, 8, 2, 1)),
+        (128, 192, DecodeTile(32, 8, 2, 1)),
+        (128, 192, DecodeTile(32, 8, 1, 1)),
+        (64, 256, DecodeTile(32, 8, 2, 1)),
+        (64, 256, DecodeTile(32, 8, 1, 1)),
+    ),
+    "cdna": (
+        (16, 64, DecodeTile(128, 4, 3, 2)),
+        (64, 128, DecodeTile(64, 4, 3, 2)),
+        (64, 256, DecodeTile(64, 4, 2, 1)),
+        (64, 256, DecodeTile(32, 4, 2, 1)),
+        (64, 256, DecodeTile(32, 4, 1, 1)),
+        (64, 256, DecodeTile(16, 4, 1, 1)),
+        (128, 192, DecodeTile(64, 8, 2, 1)),
+        (128, 192, DecodeTile(32, 8, 2, 1)),
+        (128, 192, DecodeTile(32, 8, 1, 1)),
+    ),
+    "rdna": (
+        (32, 128, DecodeTile(32, 8, 2, 1)),
+        (128, 128, DecodeTile(16, 8, 1, 1)),
+        (32, 256, DecodeTile(16, 8, 1, 1)),
+    ),
+    "nvidia float32": (
+        (16, 96, DecodeTile(32, 4, 2, 1)),
+        (16, 256, DecodeTile(16, 4, 1, 1)),
+    ),
+    "cdna float32": (
+        (16, 96, DecodeTile(32, 4, 2, 1)),
+        (16, 256, DecodeTile(16, 4, 1, 1)),
+    ),
+    "rdna float32": ((16, 256, DecodeTile(16, 8, 1, 1)),),
+}
+"""Classes of chips: the most rows and the widest head a tile is for, and the tile.
 
-    The choices for compute capability 9.0 were measured on an H200 (docs/log.md).
-    """
-    dim = max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
-    if device.kind == "cpu":
-        return DecodeTile(32, 4, 1, 2)
-    if spec.dtype == torch.float32:
-        # With 4 warps the accumulators of wide heads do not fit an NVIDIA thread's registers.
-        wide = DecodeTile(16, 8 if device.kind == "cuda" else 4, 1, 1)
-        choices = [wide] if dim > 128 else [DecodeTile(32, 4, 2, 1), DecodeTile(16, 4, 1, 1)]
-    elif rows > 64 or (rows == 64 and device.arch[0] == 10):  # 4 warps spill there
-        choices = [DecodeTile(64, 8, 2, 1)]
-    elif dim <= 64 and rows <= 16:
-        choices = [DecodeTile(128, 4, 3, 2)]
-    elif dim > 128:
-        choices = [DecodeTile(64, 4, 3, 1)]
-    else:
-        choices = [DecodeTile(64, 4, 3, 2)]
-    choices += [DecodeTile(64, 4, 2, 1), DecodeTile(32, 4, 2, 1), DecodeTile(32, 4, 1, 1)]
-    choices += [DecodeTile(16, 4, 1, 1)]
-    size = spec.dtype.itemsize
+No tile is for more rows than a program can hold without spilling: see `decode_fits`.
+"""
+
+
+def _decode_dim(spec: AttnSpec, rows: int) -> int:
+    return max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
+
+
+def _decode_choices(spec: AttnSpec, device: DeviceFacts, rows: int) -> list[DecodeTile]:
+    dim = min(256, _decode_dim(spec, rows))
+    table = _DECODE[_chips(device, spec.dtype)]
+    return [tile for most, widest, tile in table if rows <= most and dim <= widest]
+
+
+def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
+    """The decode tile for `spec`; `rows`, one sequence's per kv head, are such as `decode_fits`."""
+    choices = _decode_choices(spec, device, rows)
+    dim, size = _decode_dim(spec, rows), spec.dtype.itemsize
     fitting = (c for c in choices if _decode_bytes(c, rows, dim, size) <= _shared_budget(device))
     # The estimate is an upper bound: where nothing seems to fit, the smallest tile still may.
     return next(fitting, choices[-1])
+
+
+def decode_candidates(spec: AttnSpec, device: DeviceFacts, rows: int) -> tuple[DecodeTile, ...]:
+    """What may be measured instead of `decode_tile`, and that first. The rest fits the device."""
+    shipped = decode_tile(spec, device, rows)
+    return tuple(dict.fromkeys((shipped, *_decode_grid(spec, device, rows))))
+
+
+def _decode_grid(spec: AttnSpec, device: DeviceFacts, rows: int) -> Iterator[DecodeTile]:
+    dim = max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
+    for keys, warps, stages, programs in itertools.product(
+        (32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)
+    ):
+        tile = DecodeTile(keys, warps, stages, programs)
+        fits = _decode_bytes(tile, rows, dim, spec.dtype.itemsize) <= _shared_budget(device)
+        # More threads than this leave each fewer than 128 registers.
+        if fits and 32 * warps * programs <= 512 and _held(max(16, rows), dim, warps):
+            yield tile
 
 
 def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
@@ -131,20 +284,36 @@ def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
     """
     per_stage = 2 * tile.block_n + max(16, rows)
     operands = 2 * tile.block_n if rows >= 64 and size == 2 else 0
+    operands += rows if rows > 64 and size == 2 else 0
     per_program = (per_stage * max(1, tile.num_stages) + operands) * dim * size
     return per_program * tile.programs_per_sm
 
 
-def decode_fits(spec: AttnSpec, device: DeviceFacts, rows: int) -> bool:
-    """Whether any decode tile for `rows` rows fits the device's shared memory.
+def latent_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
+    """The decode tile where values are scored, too: read once for both, and as wide as 512."""
+    if device.kind == "cpu":
+        return DecodeTile(32, 4, 1, 2)
+    size = spec.dtype.itemsize
+    scored = 0 if "only_qv" in spec.features else sum(decode_panels(spec.head_dim, rows))
+    dim = scored + sum(decode_panels(spec.head_dim_v, rows))
+    warps = 8 if rows > 16 else 4
+    for keys, stages in ((64, 2), (32, 2), (32, 1), (16, 1)):
+        tile = DecodeTile(keys, warps, stages, 1)
+        if (keys + rows) * stages * dim * size <= _shared_budget(device):
+            return tile
+    return DecodeTile(16, warps, 1, 1)
 
-    Up to 64 rows one does on every chip, whatever the estimate says of the smallest.
+
+def decode_fits(spec: AttnSpec, device: DeviceFacts, rows: int) -> bool:
+    """Whether the decode path takes sequences of `rows` rows per kv head: if so, fewer as well.
+
+    Up to 64 rows a tile that is there fits, whatever the estimate says of it.
     """
+    choices = _decode_choices(spec, device, rows)
     if rows <= 64:
-        return True
-    tile = decode_tile(spec, device, rows)
-    dim = max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
-    return _decode_bytes(tile, rows, dim, spec.dtype.itemsize) <= _shared_budget(device)
+        return bool(choices)
+    dim, size = _decode_dim(spec, rows), spec.dtype.itemsize
+    return any(_decode_bytes(c, rows, dim, size) <= _shared_budget(device) for c in choices)
 
 
 def decode_programs(
