@@ -47,8 +47,8 @@ class Shard(click.ParamType):
     "generated",
     type=click.IntRange(0),
     default=None,
-    help=f"Generated cases  [default: {GENERATED_ON_GPU} on a GPU,"
-    f" {GENERATED_INTERPRETED} in the interpreter]",
+    help=f"Generated cases, beside those that cover all pairs of features; 0: none of both"
+    f"  [default: {GENERATED_ON_GPU} on a GPU, {GENERATED_INTERPRETED} in the interpreter]",
 )
 @click.option("--seed", default=0, show_default=True, help="Decides the generated cases.")
 @click.option(

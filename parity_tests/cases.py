@@ -10,14 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parity_tests import inputs
-
-ENTRIES = ("kvcache", "varlen", "dense")
-DTYPES = ("float16", "bfloat16", "float32")
-Q_LAYOUTS = ("packed", "batched")
-KV_LAYOUTS = ("paged", "packed", "batched")
-KV_STRIDES = ("plain", "split", "fused", "sliced")
-LENGTHS = ("tensor", "int", "none")
-SOURCES = ("random", "llama")
+from parity_tests.legality import FLOAT8, illegal
 
 FUNCTIONS = {
     "kvcache": "flash_attn_with_kvcache",
@@ -49,31 +42,64 @@ class Spec:
     sinks: bool = False
     lse: bool = True
     out: bool = False  # the caller gives the output buffer
+    append: str = ""  # how new keys are given: equally many of each sequence, or packed
+    rotary_dim: int = 0  # 0: no rotation
+    rotary_interleaved: bool = True
+    leftpad: bool = False  # keys in use begin at `leftpads`
+    batch_idx: bool = False  # sequences use rows of the cache or of the table in another order
+    attention_chunk: int = 0  # 0: none
+    kv_dtype: str = ""  # of keys and values, where it is not dtype
+    descales: str = ""  # which of q, k and v have factors, by their letters
+    descale_strides: str = "plain"
+    qv: bool = False  # scores are of values besides
+    only_qv: str = ""  # of values alone: q and k are not given, or are given and never read
+
+    @property
+    def of_keys(self) -> str:
+        """Dtype of keys and values."""
+        return self.kv_dtype or self.dtype
+
+    @property
+    def out_dtype(self) -> str:
+        """Dtype of the result."""
+        return "bfloat16" if self.dtype in FLOAT8 else self.dtype
 
 
 @dataclass(frozen=True)
 class Case(Spec):
-    """One call. `seqlens_q[b]` queries attend to `seqlens_k[b]` keys; the rest is padding."""
+    """One call. `seqlens_q[b]` queries attend to `seqlens_k[b]` keys; the rest is padding.
+
+    Of a cache `seqlens_k` are the keys in it before the call, `keys` what is attended to.
+    """
 
     seqlens_q: tuple[int, ...] = (1,)
     seqlens_k: tuple[int, ...] = (16,)
+    seqlens_new: tuple[int, ...] = ()  # keys to append to each sequence
+    leftpads: tuple[int, ...] = ()
+    rotary_seqlens: tuple[int, ...] = ()  # positions to rotate at; none: seqlens_k
+    rotary_rows: int = 0  # of the tables of cosines and sines; 0: as many as anything needs
     lengths: str = "tensor"  # how the lengths of a cache are passed
     softmax_scale: float | None = None
     num_splits: int | None = None  # None: the function's own default
     pad_q: int = 0  # rows per sequence beyond seqused_q (which is passed when this is > 0)
     pad_k: int = 0  # slots per sequence beyond the keys in use
     tail_q: int = 0  # packed rows beyond cu_seqlens_q[-1]
+    tail_new: int = 0  # packed rows beyond cu_seqlens_k_new[-1]
+    overflow: int = 0  # new keys of the longest sequence that the cache has no room for
     max_q_slack: int = 0  # by how much the host's max_seqlen bounds overstate
     spare_pages: int = 0  # pages that no sequence uses
     table_slack: int = 0  # table columns that no sequence uses
+    spare_rows: int = 0  # rows of the cache or of the table that no sequence uses
     shared_prefix: bool = False  # sequences share the pages of their common full-page prefix
     source: str = "random"
     seed: int = 0
     name: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("window", "seqlens_q", "seqlens_k"):  # lists, when read from JSON
-            object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # read from JSON
+                object.__setattr__(self, field.name, tuple(value))
         problem = illegal(self)
         if problem:
             raise ValueError(f"not a legal case: {problem}: {self}")
@@ -86,8 +112,46 @@ class Case(Spec):
     @property
     def work(self) -> int:
         """Scores to compute, over all heads: what the running time follows."""
-        pairs = zip(self.seqlens_q, self.seqlens_k, strict=True)
+        pairs = zip(self.seqlens_q, self.keys, strict=True)
         return self.heads_q * sum(sq * sk for sq, sk in pairs)
+
+    @property
+    def new(self) -> tuple[int, ...]:
+        """Keys to append to each sequence, also where none are."""
+        return self.seqlens_new or (0,) * self.batch
+
+    @property
+    def capacity(self) -> int:
+        """Keys that one sequence has room for in the cache or the table."""
+        totals = (n + new for n, new in zip(self.seqlens_k, self.new, strict=True))
+        most = max(*self.seqlens_k, max(totals) - self.overflow)
+        if self.kv_layout != "paged":
+            return most + self.pad_k
+        pages = -(-most // self.page_size) + -(-self.pad_k // self.page_size) + self.table_slack
+        return max(1, pages) * self.page_size
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Keys in the cache of each sequence after the call, left padding included."""
+        totals = zip(self.seqlens_k, self.new, strict=True)
+        return tuple(min(n + new, self.capacity) for n, new in totals)
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """Keys that the queries of each sequence attend to."""
+        leftpads = self.leftpads or (0,) * self.batch
+        return tuple(max(0, end - pad) for end, pad in zip(self.ends, leftpads, strict=True))
+
+    @property
+    def rotary_starts(self) -> tuple[int, ...]:
+        """The position of each sequence's first new key and first query."""
+        return self.rotary_seqlens or self.seqlens_k
+
+    @property
+    def rotary_end(self) -> int:
+        """Behind the last position that is rotated at."""
+        spans = zip(self.rotary_starts, self.new, self.seqlens_q, strict=True)
+        return max(start + max(new, seqlen_q) for start, new, seqlen_q in spans)
 
     @property
     def spec(self) -> Spec:
@@ -107,6 +171,14 @@ class Case(Spec):
                 (f"softcap {self.softcap:g}", self.softcap > 0),
                 ("sinks", self.sinks),
                 ("out=", self.out),
+                (f"append {self.append} {list(self.seqlens_new)}", bool(self.append)),
+                (f"rotary {self.rotary_dim}", self.rotary_dim > 0),
+                (f"leftpad {list(self.leftpads)}", self.leftpad),
+                ("batch_idx", self.batch_idx),
+                (f"chunk {self.attention_chunk}", self.attention_chunk > 0),
+                (f"cache {self.kv_dtype}", bool(self.kv_dtype)),
+                (f"descales {self.descales} {self.descale_strides}", bool(self.descales)),
+                (f"qv {self.only_qv and 'only, ' + self.only_qv}".rstrip(), self.qv),
             )
             if on
         )
@@ -142,10 +214,11 @@ class Case(Spec):
     def materialise(self, device: str, *, poison: bool = True) -> dict[str, Any]:
         """Keyword arguments of the public function.
 
-        With poison, whatever the call must not read is NaN (slots beyond the keys in use, unused
-        pages, padding queries) or garbage (page ids in unused table entries). Without it the same
-        places hold zeros and page 0; what the call does read is the same bit for bit. A given
-        output buffer is NaN either way, so that rows nobody writes show.
+        With poison, whatever the call must not read is NaN (slots outside of the keys in use,
+        unused pages and rows, padding queries and new keys, angles of other positions) or garbage
+        (page ids in unused table entries). Without it the same places hold zeros and page 0; what
+        the call does read is the same bit for bit. A given output buffer is NaN either way, so that
+        rows nobody writes show.
         """
         return inputs.make(self, device, poison)
 
@@ -175,39 +248,3 @@ class Case(Spec):
 def unbounded(window: Window) -> bool:
     """Whether neither side of the window limits anything."""
     return all(side is None or side < 0 for side in window)
-
-
-def illegal(case: Case) -> str | None:
-    """Why no caller may make this call, or None."""
-    paged, dense = case.kv_layout == "paged", case.entry == "dense"
-    equal_q, equal_k = len(set(case.seqlens_q)) == 1, len(set(case.seqlens_k)) == 1
-    rules = (
-        (case.entry in ENTRIES and case.dtype in DTYPES, "unknown entry or dtype"),
-        (case.q_layout in Q_LAYOUTS and case.kv_layout in KV_LAYOUTS, "unknown layout"),
-        (case.kv_strides in KV_STRIDES and case.lengths in LENGTHS, "unknown strides or lengths"),
-        (case.source in SOURCES, "unknown source"),
-        (len(case.seqlens_q) == len(case.seqlens_k) > 0, "one q and one k length per sequence"),
-        (min((*case.seqlens_q, *case.seqlens_k), default=0) >= 0, "negative length"),
-        (case.heads_q % case.heads_kv == 0, "heads_q must be a multiple of heads_kv"),
-        (all(d % 8 == 0 and 8 <= d <= 256 for d in (case.head_dim, case.head_dim_v)), "head dim"),
-        (paged == (case.page_size > 0), "page_size goes with paged keys"),
-        (not (case.entry == "kvcache" and case.kv_layout == "packed"), "a cache is never packed"),
-        (not (case.kv_strides == "split" and case.kv_layout == "packed"), "split needs pages"),
-        (not dense or case.q_layout == case.kv_layout == "batched", "dense is batched"),
-        (not dense or (equal_q and equal_k and not case.pad_k), "dense has equal lengths"),
-        (case.pad_q == 0 or case.entry == "varlen", "only varlen has seqused_q"),
-        (case.q_layout == "packed" or equal_q or case.pad_q > 0, "batched q of unequal lengths"),
-        (case.tail_q == 0 or case.q_layout == "packed", "only packed q has a tail"),
-        (case.lengths == "tensor" or (case.entry == "kvcache" and equal_k), "lengths as int"),
-        (
-            case.lengths != "none" or (not paged and case.pad_k == 0),
-            "cache_seqlens=None means that the whole cache is in use",
-        ),
-        (not case.shared_prefix or paged, "only pages can be shared"),
-        (
-            case.source == "random"
-            or (case.q_layout == case.kv_layout == "packed" and case.seqlens_q == case.seqlens_k),
-            "a model's forward pass gives packed self-attention",
-        ),
-    )
-    return next((why for fine, why in rules if not fine), None)

@@ -17,6 +17,8 @@ import jinja2
 import torch
 
 import triton_fa
+from parity_tests import features
+from parity_tests.cases import Case
 from parity_tests.known_differences import DIFFERENCES
 from parity_tests.runners import Outcome
 from parity_tests.suite import Run, tally
@@ -69,6 +71,7 @@ def as_data(run: Run, command: str) -> dict[str, Any]:
         "limits": limits(run),
         "tally": tally(run.outcomes),
         "ratios": ratios(run.outcomes),
+        "coverage": coverage(run.outcomes),
         "known_differences": [
             {"id": d.id, "kind": d.kind, "reason": d.reason, "where": d.where} for d in DIFFERENCES
         ],
@@ -92,6 +95,10 @@ def limits(run: Run) -> list[str]:
         specs = {o.case.spec for o in run.outcomes if not o.case.name}
         cases = {o.case for o in run.outcomes if not o.case.name}
         said.append(f"{len(cases)} generated cases over {len(specs)} compile-time variants.")
+    for ver, counts in coverage(run.outcomes).items():
+        pairs = counts["pairs"]
+        if missing := sum(count == 0 for count in pairs.values()):
+            said.append(f"{ver}: {missing} of {len(pairs)} pairs of features ran in no case.")
     for id_, count in Counter(
         id_ for o in run.outcomes if o.quarantined for id_ in o.differences
     ).items():
@@ -114,6 +121,15 @@ def ratios(outcomes: Iterable[Outcome]) -> dict[str, dict[str, float]]:
         ver: {"median": sorted(values)[len(values) // 2], "worst": max(values)}
         for ver, values in found.items()
     }
+
+
+def coverage(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, int]]]:
+    """Per backend that ran anything, how often each feature and each legal pair of them ran."""
+    ran: dict[str, list[Case]] = {}
+    for outcome in outcomes:
+        if outcome.ran:
+            ran.setdefault(str(outcome.ver), []).append(outcome.case)
+    return {ver: features.coverage(cases) for ver, cases in ran.items()}
 
 
 def write(run: Run, folder: Path, command: str) -> tuple[Path, Path]:

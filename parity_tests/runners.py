@@ -1,10 +1,11 @@
 """Run one case on one backend and say what came of it. Nothing is ever skipped in silence."""
 
+import functools
 import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ import torch
 import reference
 import triton_fa
 from parity_tests.budgets import Limits, Measures, Result, Truth, judge
+from parity_tests.caches import Appended, Caches, at
 from parity_tests.cases import Case
 from parity_tests.known_differences import BUDGET, CRASH, known
 from parity_tests.poison import poisoned_allocations
@@ -102,20 +104,43 @@ class Prepared:
         """Compute the truth of a case from its poisoned inputs."""
         if torch.get_float32_matmul_precision() != "highest":  # it would widen every float32 budget
             raise RuntimeError("the float32 baseline needs full float32 products, TF32 is on")
-        arguments = case.materialise(device)
         entry = getattr(reference, case.function)
-        what = {name: value for name, value in arguments.items() if name not in _HOW}
-        out, lse = entry(**what)
-        baseline, _ = entry(**what, attend=reference.attend_low_precision)
+        arguments = _what(case.materialise(device))
+        unused = arguments["v_cache"][..., 0, 0].float().isnan() if case.append else None
+        out, lse = entry(**arguments)
+        low_precision: dict[str, Any] = {
+            "attend": reference.attend_low_precision,
+            "dequantise": reference.dequantise_low_precision,
+        }
+        if case.dtype == "float8_e4m3fn":  # FlashAttention's tests do so with no other
+            attend = functools.partial(
+                reference.attend_low_precision, weights_dtype=torch.float8_e4m3fn
+            )
+            low_precision["attend"] = attend
+        if case.rotary_dim > 0:
+            low_precision["rotate"] = reference.rotate_low_precision
+        again = _what(case.materialise(device)) if case.append else arguments  # not the same cache
+        baseline, _ = entry(**again, **low_precision)
         for tensor in (out, baseline):  # a NaN of the judge must not pass for padding
             rows = int((~tensor[..., 0].isnan()).sum())
             if rows != sum(case.seqlens_q) * case.heads_q:
                 raise AssertionError(f"the reference is NaN in a row that counts: {case}")
-        return cls(case, device, Truth(out, lse, baseline))
+        if unused is None:
+            return cls(case, device, Truth(out, lse, baseline))
+        k_cache, v_cache = arguments["k_cache"], arguments["v_cache"]
+        slots = unused & ~v_cache[..., 0, 0].float().isnan()
+        if int(slots.sum()) != sum(case.ends) - sum(case.seqlens_k):
+            raise AssertionError(f"the reference did not append what the case says: {case}")
+        appended = Appended(slots, at(k_cache, slots), at(v_cache, slots))
+        return cls(case, device, Truth(out, lse, baseline, appended))
 
     def arguments(self, *, poison: bool = True) -> dict[str, Any]:
         """Fresh arguments of the public call."""
         return self.case.materialise(self.device, poison=poison)
+
+
+def _what(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in _HOW}
 
 
 def public_call(case: Case, arguments: dict[str, Any], ver: Ver) -> Any:
@@ -157,6 +182,10 @@ def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outco
     except Exception as error:  # noqa: BLE001  whatever a backend raises is a failure of the case
         return outcome(FAILED, *_what_went_wrong(error, prepared.device))
 
+    if case.append:
+        before = prepared.arguments(poison=poison)
+        caches = (each[name] for each in (arguments, before) for name in ("k_cache", "v_cache"))
+        result = replace(result, caches=Caches(*caches))
     limits = Limits.of(case)
     measures, problems = judge(case, result, prepared.truth, limits)
     if not problems:

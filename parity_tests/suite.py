@@ -32,7 +32,7 @@ class Options:
 
     device: Device
     vers: tuple[Ver, ...] = VERS
-    generated: int = 200
+    generated: int = 200  # beside those that cover the pairs of features
     seed: int = 0
     named_only: bool = False
     pattern: str = ""  # only cases whose label contains this
@@ -48,6 +48,7 @@ def plan(options: Options) -> list[Case]:
     cases = named.small() if interpreted else named.full()
     if not options.named_only and options.generated > 0:
         scale = strategies.SMALL if interpreted else strategies.FULL
+        cases += strategies.pairwise(options.seed, scale)
         cases += strategies.generate(options.generated, options.seed, scale, options.variants)
     chosen = [case for case in cases if options.pattern.lower() in case.label.lower()]
     index, count = options.shard

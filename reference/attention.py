@@ -18,6 +18,7 @@ class Rules(NamedTuple):
     window_left: int | None = None
     window_right: int | None = None
     softcap: float = 0.0
+    attention_chunk: int = 0  # 0: none
 
 
 def rules(
@@ -26,17 +27,20 @@ def rules(
     causal: bool,
     window_size: tuple[int | None, int | None],
     softcap: float,
+    attention_chunk: int | None = 0,
 ) -> Rules:
     """Read the public arguments: default scale head_dim**-0.5, a negative window side is None."""
     left, right = (None if side is None or side < 0 else side for side in window_size)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    return Rules(scale, causal, left, right, softcap)
+    return Rules(scale, causal, left, right, softcap, attention_chunk or 0)
 
 
 def visible_keys(rows: Tensor, seqlen_q: int, seqlen_k: int, rules: Rules) -> Tensor:
     """Which keys each query row may see, as booleans [len(rows), seqlen_k].
 
-    Masks are aligned bottom-right: the last query row sits at the position of the last key.
+    Masks are aligned bottom-right: the last query row sits at the position of the last key. With
+    an attention_chunk a row sees the keys of its own chunk only; rows before the first key are in
+    chunks of negative numbers.
     """
     position = rows[:, None] + (seqlen_k - seqlen_q)
     key = torch.arange(seqlen_k, device=rows.device)[None, :]
@@ -47,6 +51,8 @@ def visible_keys(rows: Tensor, seqlen_q: int, seqlen_k: int, rules: Rules) -> Te
         visible &= key >= position - rules.window_left
     if rules.window_right is not None:
         visible &= key <= position + rules.window_right
+    if rules.attention_chunk > 0:
+        visible &= key // rules.attention_chunk == position // rules.attention_chunk
     return visible
 
 
@@ -57,13 +63,19 @@ def row_blocks(seqlen_q: int, scores_per_row: int) -> list[tuple[int, int]]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Rules,
+    sinks: Tensor | None = None,
+    qv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence, in float64.
 
     q is (seqlen_q, heads_q, head_dim), k is (seqlen_k, heads_kv, head_dim) and v is
     (seqlen_k, heads_kv, head_dim_v). Query heads are grouped: consecutive heads_q / heads_kv of
-    them read one kv head. A sink is one more logit of a head whose value is zero; it is neither
+    them read one kv head. With qv, (seqlen_q, heads_q, head_dim_v), a score is q·k + qv·v. A sink
+    is one more logit of a head whose value is zero; it is neither
     scaled nor capped. Returns out (seqlen_q, heads_q, head_dim_v) and the natural-log lse
     (heads_q, seqlen_q). A row that sees no key gets out 0 and lse -inf (with a sink: the sink).
     """
@@ -83,7 +95,10 @@ def attend(
             k_head = k[:, kv_head].double()  # [seqlen_k, head_dim]
             v_head = v[:, kv_head].double()  # [seqlen_k, head_dim_v]
 
-            scores = torch.einsum("qgd,kd->gqk", q_block, k_head) * rules.softmax_scale
+            scores = torch.einsum("qgd,kd->gqk", q_block, k_head)
+            if qv is not None:
+                scores += torch.einsum("qgd,kd->gqk", qv[lo:hi, heads].double(), v_head)
+            scores *= rules.softmax_scale
             if rules.softcap > 0:
                 scores = rules.softcap * torch.tanh(scores / rules.softcap)
             scores = scores.masked_fill(~visible, -torch.inf)

@@ -8,12 +8,28 @@ float32 inside and is rounded to the input dtype, and so is the product with v.
 import torch
 
 from reference.attention import Rules, Tensor, row_blocks, visible_keys
+from reference.float8 import is_float8
+from reference.rotary import rotate
+
+WEIGHTS_SIZE = 2.0**8  # of a float8 weight of 1: the largest is 448
 
 
 def attend_low_precision(
-    q: Tensor, k: Tensor, v: Tensor, rules: Rules, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rules: Rules,
+    sinks: Tensor | None = None,
+    qv: Tensor | None = None,
+    weights_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one sequence in the dtype of q; shapes as in `reference.attention.attend`."""
+    """Attention of one sequence in the dtype of q; shapes as in `reference.attention.attend`.
+
+    `weights_dtype` is what the weights are rounded to besides, before they meet v: `attention_ref`
+    calls it intermediate_dtype, and has it be float8_e4m3fn where the inputs are. They are larger
+    by WEIGHTS_SIZE then, as in FA3's kernel: without it the weights of some hundred keys round to
+    nothing, and anything would be within a multiple of that error.
+    """
     seqlen_q, heads_q, _ = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape
     group = heads_q // heads_kv
@@ -26,6 +42,9 @@ def attend_low_precision(
             heads = slice(kv_head * group, (kv_head + 1) * group)
             k_scaled = k[:, kv_head] * rules.softmax_scale
             scores = torch.einsum("qgd,kd->gqk", q[lo:hi, heads], k_scaled)
+            if qv is not None:
+                qv_scaled = qv[lo:hi, heads] * rules.softmax_scale
+                scores = scores + torch.einsum("qgd,kd->gqk", qv_scaled, v[:, kv_head])
             if rules.softcap > 0:
                 scores = torch.tanh(scores / rules.softcap) * rules.softcap
             scores = scores.masked_fill(~visible, -torch.inf)
@@ -37,7 +56,22 @@ def attend_low_precision(
                 log_sum = torch.logaddexp(log_sum, sinks[heads, None].float())
                 weights = torch.exp(scores.float() - log_sum[..., None]).to(v.dtype)
             weights = weights.masked_fill(~visible, 0.0)
+            if weights_dtype is not None:
+                weights = (weights * WEIGHTS_SIZE).to(weights_dtype).to(v.dtype) / WEIGHTS_SIZE
 
             out[lo:hi, heads] = torch.einsum("gqk,kd->qgd", weights, v[:, kv_head])
             lse[heads, lo:hi] = log_sum
     return out, lse
+
+
+def rotate_low_precision(
+    x: Tensor, tables: tuple[Tensor, Tensor], positions: Tensor, interleaved: bool
+) -> Tensor:
+    """The same rotation in float32, in which every backend computes it, whatever x is."""
+    return rotate(x, tables, positions, interleaved, torch.float32)
+
+
+def dequantise_low_precision(x: Tensor, factors: Tensor, like: Tensor) -> Tensor:
+    """The same numbers rounded to the dtype of the queries, or to bfloat16 where that is float8."""
+    dtype = torch.bfloat16 if is_float8(like) else like.dtype
+    return (x.float() * factors).to(dtype)

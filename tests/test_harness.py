@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ import triton_fa
 from parity_tests import __main__ as command_line
 from parity_tests import device as device_module
 from parity_tests import (
+    features,
     known_differences,
     model_case,
     named,
@@ -29,7 +31,9 @@ from parity_tests import (
     suite,
     workers,
 )
+from parity_tests.budgets import Limits
 from parity_tests.cases import Case
+from parity_tests.legality import FLOAT8
 from parity_tests.poison import GARBAGE
 from parity_tests.rejudge import judge_again
 from parity_tests.runners import (
@@ -66,7 +70,7 @@ def exact(case: Case, arguments: dict[str, Any], _ver: Any = None) -> Any:
     what = {k: v for k, v in arguments.items() if k not in ("out", "num_splits")}
     what.pop("return_softmax_lse", None)
     out, lse = getattr(reference, case.function)(**what)
-    out, lse = out.to(getattr(torch, case.dtype)), lse.float()
+    out, lse = out.to(getattr(torch, case.out_dtype)), lse.float()
     given = arguments.get("out")
     if given is not None:
         written = ~out.isnan()
@@ -122,6 +126,88 @@ def test_the_baseline_itself_agrees(entry: str, dtype: str) -> None:
     assert outcome.verdict == AGREES, outcome.describe()
 
 
+MLA = CASE.with_changes(heads_kv=1, head_dim=16, qv=True, kv_strides="latent")
+OF_EIGHT_BITS = [
+    CASE.with_changes(dtype="float8_e4m3fn", descales="qkv"),
+    CASE.with_changes(dtype="float8_e5m2", softcap=15.0, out=True, descales="k"),
+    CASE.with_changes(kv_dtype="float8_e4m3fn", descales="kv", descale_strides="expanded"),
+    CASE.with_changes(dtype="float16", kv_dtype="float8_e5m2fnuz"),
+    CASE.with_changes(
+        kv_dtype="float8_e4m3fnuz", append="packed", seqlens_new=(2, 1, 0, 3), descales="v"
+    ),
+]
+LATENT = [
+    MLA,
+    MLA.with_changes(kv_dtype="float8_e4m3fn", descales="kv"),
+    MLA.with_changes(entry="varlen", only_qv="unread", pad_q=2),
+    MLA.with_changes(only_qv="bare", softcap=15.0),
+    MLA.with_changes(append="packed", seqlens_new=(2, 1, 0, 3), rotary_dim=16),
+]
+
+
+@pytest.mark.parametrize("case", [*OF_EIGHT_BITS, *LATENT], ids=lambda case: case.label)
+def test_eight_bits_and_values_that_are_scored_agree(case: Case) -> None:
+    prepared = Prepared.of(case, "cpu")
+    outcome = run_backend(prepared, "triton", exact)
+    assert outcome.verdict == AGREES, outcome.describe()
+    without_memory = run_backend(prepared, "torch")
+    assert without_memory.verdict == AGREES, without_memory.describe()
+
+
+@pytest.mark.parametrize(
+    ("case", "changed"),
+    [
+        (OF_EIGHT_BITS[0], {"q_descale": None}),
+        (OF_EIGHT_BITS[0], {"k_descale": None}),
+        (OF_EIGHT_BITS[0], {"v_descale": None}),
+        (OF_EIGHT_BITS[2], {"k_descale": None}),
+        (OF_EIGHT_BITS[2], {"v_descale": None}),
+        (MLA, {"qv": None, "softmax_scale": (16 + 64) ** -0.5}),
+        (MLA, {"softmax_scale": 16**-0.5}),
+        (LATENT[1], {"v_descale": None}),
+        (LATENT[3], {"softmax_scale": (16 + 64) ** -0.5}),
+    ],
+)
+def test_plausible_mistakes_of_scores_are_failures(case: Case, changed: dict[str, Any]) -> None:
+    def mistaken(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        return exact(case, arguments | changed, ver)
+
+    # With float8 queries a small mistake in scores shows in the lse alone.
+    prepared = Prepared.of(case.with_changes(lse=case.dtype in FLOAT8), "cpu")
+    assert run_backend(prepared, "triton", mistaken).verdict == FAILED
+
+
+def test_keys_of_another_head_have_other_factors() -> None:
+    def mistaken(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        return exact(case, arguments | {"v_descale": arguments["v_descale"].flip(1)}, ver)
+
+    case = OF_EIGHT_BITS[0].with_changes(descale_strides="transposed")
+    assert run_backend(Prepared.of(case, "cpu"), "triton", mistaken).verdict == FAILED
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_eight_bits_that_nobody_needs_are_poison(dtype: str) -> None:
+    case = CASE.with_changes(kv_dtype=dtype, kv_strides="latent")
+    poisoned, clean = (case.materialise("cpu", poison=poison) for poison in (True, False))
+    for name in ("k_cache", "v_cache"):
+        real = ~poisoned[name].float().isnan()
+        assert 0 < int(real.sum()) < real.numel()
+        assert torch.equal(poisoned[name].float()[real], clean[name].float()[real])
+        assert (clean[name].float()[~real] == 0).all()
+    given = LATENT[2].materialise("cpu")
+    assert given["q"].isnan().all()
+    assert given["k"].isnan().all()
+    assert not given["v"].isnan().all()
+    assert LATENT[3].materialise("cpu")["k_cache"] is None
+
+
+def test_only_float8_queries_have_the_wider_budget() -> None:
+    for case in (OF_EIGHT_BITS[0], OF_EIGHT_BITS[1]):
+        assert (Limits.of(case).max_mult, Limits.of(case).mean_mult) == (4.0, 3.0)
+    for case in (OF_EIGHT_BITS[2], MLA):
+        assert (Limits.of(case).max_mult, Limits.of(case).mean_mult) == (2.0, 1.5)
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -168,6 +254,14 @@ MISTAKES = {
     "scale off by 2 %": ({}, {"softmax_scale": 1.02 * 64**-0.5}),
     "the last key forgotten": ({}, {"cache_seqlens": torch.tensor([39, 49])}),
     "the table of another sequence": ({}, {"page_table": [1, 0]}),
+    "chunks one key longer": ({"attention_chunk": 20}, {"attention_chunk": 21}),
+    "chunks one key shorter": ({"attention_chunk": 39}, {"attention_chunk": 38}),
+    "chunk dropped": ({"attention_chunk": 20}, {"attention_chunk": 0}),
+    "padding one key longer": (
+        {"leftpad": True, "leftpads": (3, 9)},
+        {"cache_leftpad": torch.tensor([4, 10])},
+    ),
+    "rows of the table not looked up": ({"batch_idx": True}, {"cache_batch_idx": [1, 0]}),
 }
 
 
@@ -179,13 +273,301 @@ def test_plausible_mistakes_are_failures(name: str, dtype: str) -> None:
 
     def mistaken(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
         now = arguments | changed
-        if "page_table" in changed:
-            now["page_table"] = arguments["page_table"][changed["page_table"]]
+        for name in {"page_table", "cache_batch_idx"} & set(changed):
+            now[name] = arguments[name][changed[name]]
         return exact(case, now, ver)
 
     prepared = Prepared.of(case.with_changes(lse=False), "cpu")
     assert run_backend(prepared, "triton", exact).verdict == AGREES
     assert run_backend(prepared, "triton", mistaken).verdict == FAILED
+
+
+APPEND = Case(
+    append="packed",
+    q_layout="packed",
+    seqlens_q=(2, 1, 3),
+    seqlens_k=(33, 4, 0),
+    seqlens_new=(2, 0, 5),
+    rotary_dim=32,
+    causal=True,
+    spare_pages=2,
+    table_slack=1,
+    pad_k=3,
+    tail_new=2,
+)
+DENSE_APPEND = APPEND.with_changes(
+    kv_layout="batched",
+    page_size=0,
+    spare_pages=0,
+    table_slack=0,
+    kv_strides="sliced",
+    head_dim_v=32,
+    batch_idx=True,
+    spare_rows=1,
+    leftpad=True,
+    leftpads=(3, 0, 1),
+)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("case", [APPEND, DENSE_APPEND], ids=["paged", "dense"])
+@pytest.mark.parametrize("rotary_dim", [0, 32, 64])
+def test_the_exact_append_agrees(case: Case, dtype: str, rotary_dim: int) -> None:
+    outcome = judged(case.with_changes(dtype=dtype, rotary_dim=rotary_dim))
+    assert outcome.verdict == AGREES, outcome.describe()
+    assert outcome.measures.key_error == 0
+
+
+def places(case: Case) -> torch.Tensor:
+    """(page, slot) or (row, slot) of every new token, in the order of the caches."""
+    appended = Prepared.of(case, "cpu").truth.appended
+    assert appended is not None
+    return appended.slots.nonzero()
+
+
+def spoiled(case: Case, spoil: Any, ver: Any = "triton") -> Outcome:
+    """Run the exact stub, which then does something to its arguments, the caches for example."""
+
+    def call(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+        result = exact(case, arguments)
+        spoil(arguments, [tuple(place) for place in places(case).tolist()])
+        return result
+
+    return run_backend(Prepared.of(case, "cpu"), ver, call)
+
+
+def units(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """The numbers so many steps further from zero."""
+    integer = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    return (x.view(integer) + steps).view(x.dtype)
+
+
+def set_to(name: str, index: Any, change: Any) -> Any:
+    """Change one new token's slot (or its neighbour's) of a cache."""
+
+    def spoil(arguments: dict[str, Any], found: list[tuple[int, int]]) -> None:
+        cache, (row, slot) = arguments[name], found[0]
+        where = index(row, slot)
+        cache[where] = change(cache[where])
+
+    return spoil
+
+
+def token(row: int, slot: int) -> Any:
+    return (row, slot)
+
+
+def neighbour(row: int, slot: int) -> Any:
+    return (row, slot - 1)
+
+
+def swap_new(name: str) -> Any:
+    """Two new tokens in each other's place."""
+
+    def spoil(arguments: dict[str, Any], found: list[tuple[int, int]]) -> None:
+        cache, (a, b) = arguments[name], found[-2:]
+        cache[a], cache[b] = cache[b].clone(), cache[a].clone()
+
+    return spoil
+
+
+def shift_new(arguments: dict[str, Any], found: list[tuple[int, int]]) -> None:
+    """The last new token one place further on."""
+    row, slot = found[-1]
+    for name in ("k_cache", "v_cache"):
+        cache = arguments[name]
+        cache[row, slot + 1] = cache[row, slot]
+        cache[row, slot] = math.nan
+
+
+def unrotate(arguments: dict[str, Any], _: Any) -> None:
+    """New keys as they were given."""
+    cos, sin = arguments["rotary_cos"], arguments["rotary_sin"]
+    still = {"rotary_cos": torch.ones_like(cos), "rotary_sin": torch.zeros_like(sin)}
+    exact(APPEND, arguments | still)
+
+
+WRONG_CACHES = {
+    "the new key in another slot": (shift_new, "k_cache has a wrong new key in 1 of 7"),
+    "the slot that it went to": (shift_new, "k_cache was overwritten in 1 of"),
+    "keys not rotated": (unrotate, "k_cache has a wrong new key in"),
+    "two new keys swapped": (swap_new("k_cache"), "k_cache has a wrong new key in 2 of 7"),
+    "two new values swapped": (swap_new("v_cache"), "v_cache has a wrong new value in 2 of 7"),
+    "values cast": (
+        set_to("v_cache", token, lambda v: v.to(torch.float8_e4m3fn).to(v.dtype)),
+        "v_cache has a wrong new value in 1 of 7",
+    ),
+    "a value off by one unit": (
+        set_to("v_cache", lambda row, slot: (row, slot, 0, 5), lambda v: units(v, 1)),
+        "v_cache has a wrong new value in 1 of 7",
+    ),
+    "a key that is not rotated off by one unit": (
+        set_to("k_cache", lambda row, slot: (row, slot, 0, 40), lambda k: units(k, 1)),
+        "k_cache has a wrong new key in 1 of 7",
+    ),
+    "a rotated key off by three units": (
+        set_to("k_cache", lambda row, slot: (row, slot, 1, 3), lambda k: units(k, 3)),
+        "k_cache has a wrong new key in 1 of 7",
+    ),
+    "a new key that is NaN": (
+        set_to("k_cache", lambda row, slot: (row, slot, 0, 0), lambda k: k * math.nan),
+        "k_cache has a wrong new key in 1 of 7",
+    ),
+    "an old key overwritten": (
+        set_to("k_cache", neighbour, lambda k: units(k, 1)),
+        "k_cache was overwritten in 1 of",
+    ),
+    "a slot nobody uses overwritten": (
+        lambda arguments, _: arguments["v_cache"].nan_to_num_(nan=0.0),
+        "v_cache was overwritten in",
+    ),
+    "poison replaced by another NaN": (
+        lambda arguments, _: arguments["v_cache"].view(torch.int16).bitwise_xor_(-(2**15)),
+        "v_cache was overwritten in",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CACHES)
+@pytest.mark.parametrize("case", [APPEND, DENSE_APPEND], ids=["paged", "dense"])
+def test_what_is_wrong_with_a_cache_is_a_failure(case: Case, name: str) -> None:
+    spoil, says = WRONG_CACHES[name]
+    outcome = spoiled(case, spoil)
+    assert outcome.verdict == FAILED, outcome.describe()
+    assert says in "; ".join(outcome.reasons)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_rotated_key_may_be_off_by_one_unit(dtype: str) -> None:
+    def one(arguments: dict[str, Any], found: list[tuple[int, int]]) -> None:
+        for place in found:
+            rotated = arguments["k_cache"][place][..., :32]
+            arguments["k_cache"][place][..., :32] = units(rotated, 1)
+
+    outcome = spoiled(APPEND.with_changes(dtype=dtype), one)
+    assert outcome.verdict == AGREES, outcome.describe()
+    assert outcome.measures.key_error is not None
+    assert outcome.measures.key_error > 0
+
+
+def test_memory_between_the_keys_is_not_to_be_written() -> None:
+    def beside(arguments: dict[str, Any], _: Any) -> None:
+        arguments["k_cache"]._base[0, 0, 0] = 1.0  # before the first head
+
+    outcome = spoiled(DENSE_APPEND, beside)
+    assert outcome.verdict == FAILED
+    assert outcome.reasons == ("memory beside k_cache and v_cache was written",)
+
+
+APPEND_MISTAKES = {
+    "appended one slot early": {"cache_seqlens": [32, 3, 0]},
+    "nothing appended": {"k": None, "v": None},
+    "rotary dropped": {"rotary_cos": None, "rotary_sin": None},
+    "angles swapped": {"rotary_cos": "rotary_sin", "rotary_sin": "rotary_cos"},
+    "rotated the other way": {"rotary_sin": -1},
+    "other pairs rotated": {"rotary_interleaved": False},
+    "rotated at one position further": {"rotary_seqlens": [34, 5, 1]},
+    "the prefix sums of the queries": {"cu_seqlens_k_new": "cu_seqlens_q"},
+}
+
+
+@pytest.mark.parametrize("name", APPEND_MISTAKES)
+@pytest.mark.parametrize("case", [APPEND, DENSE_APPEND], ids=["paged", "dense"])
+def test_plausible_mistakes_of_appending_are_failures(case: Case, name: str) -> None:
+    def mistaken(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        now = dict(arguments)
+        for key, value in APPEND_MISTAKES[name].items():
+            now[key] = {
+                str: lambda v: arguments[v],
+                int: lambda v, key=key: v * arguments[key],
+                list: lambda v: torch.tensor(v, dtype=torch.int32),
+            }.get(type(value), lambda v: v)(value)
+        if now["k"] is None:
+            now = {n: value for n, value in now.items() if "rotary" not in n}
+        return exact(case, now, ver)
+
+    prepared = Prepared.of(case, "cpu")
+    assert run_backend(prepared, "triton", exact).verdict == AGREES
+    assert run_backend(prepared, "triton", mistaken).verdict == FAILED
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_rotated_at_other_positions_are_a_failure(causal: bool, monkeypatch: Any) -> None:
+    def mistaken(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(reference.entries, "_queries_move", lambda *_: not causal)
+            return exact(case, arguments, ver)
+
+    prepared = Prepared.of(APPEND.with_changes(causal=causal), "cpu")
+    assert run_backend(prepared, "triton", exact).verdict == AGREES
+    assert run_backend(prepared, "triton", mistaken).verdict == FAILED
+
+
+def test_what_nobody_needs_is_poison() -> None:
+    case = APPEND.with_changes(
+        batch_idx=True, spare_rows=2, leftpad=True, leftpads=(20, 1, 2), max_q_slack=9
+    )
+    poisoned, clean = (case.materialise("cpu", poison=poison) for poison in (True, False))
+    table, rows = poisoned["page_table"], poisoned["cache_batch_idx"].tolist()
+    pages = poisoned["k_cache"].shape[0]
+    unused = [row for row in range(5) if row not in rows]
+    assert not ((table[unused] >= 0) & (table[unused] < pages)).any()
+    assert not 0 <= int(table[rows[0], 0]) < pages  # 20 padding slots before it: a page of 16
+    first = table[rows[0], 1]
+    assert poisoned["k_cache"][first, :4].isnan().all()
+    assert poisoned["k_cache"][first, 4:].isfinite().all()
+    assert poisoned["k_cache"][table[rows[0], 2], 1:].isnan().all()  # of 33 old keys, 2 new ones
+    assert poisoned["k"][-2:].isnan().all()
+    needed = {33, 34, *range(5)}
+    angles = poisoned["rotary_cos"][:, 0]
+    assert {i for i, angle in enumerate(angles.tolist()) if not math.isnan(angle)} == needed
+    for name in ("k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin"):
+        real = ~poisoned[name].isnan()
+        assert torch.equal(poisoned[name][real], clean[name][real])
+        assert (clean[name][~real] == 0).all()
+
+
+def test_two_runs_do_not_share_a_cache() -> None:
+    prepared = Prepared.of(APPEND, "cpu")
+    for _ in range(2):
+        assert run_backend(prepared, "triton", exact).verdict == AGREES
+
+
+def test_fa3_need_not_store_a_key_that_no_query_sees_and_nobody_else_may() -> None:
+    case = APPEND.with_changes(window=(1, 0), seqlens_new=(2, 0, 200), seqlens_q=(2, 1, 1))
+
+    def forget(arguments: dict[str, Any], found: list[tuple[int, int]]) -> None:
+        table = arguments["page_table"][2, :5].tolist()
+        for name in ("k_cache", "v_cache"):
+            arguments[name][table] = 0.0  # FA3 is given zeros for poison
+
+    forgotten = spoiled(case, forget, ver=3)
+    assert forgotten.differences == ("fa3-stores-visible-keys",), forgotten.describe()
+    assert spoiled(case.with_changes(window=(-1, -1)), forget, ver=3).verdict == FAILED
+
+    def spoil(arguments: dict[str, Any], _: Any) -> None:
+        arguments["k_cache"][arguments["page_table"][2, 0]] += 1.0
+
+    assert spoiled(case, spoil, ver=3).verdict == FAILED
+    assert spoiled(case, forget, ver="torch").verdict == FAILED
+
+
+@pytest.mark.parametrize(
+    ("changes", "entry"),
+    [
+        ({"overflow": 2, "pad_k": 0, "table_slack": 0, "seqlens_k": (47, 4, 0)}, "append-beyond"),
+        ({"rotary_rows": 80, "rotary_seqlens": (78, 79, 76)}, "angles-beyond"),
+        ({"leftpad": True, "leftpads": (0, 5, 0)}, "left-padding-beyond"),
+    ],
+)
+def test_fa3_is_not_launched_where_it_leaves_its_tensors(changes: Any, entry: str) -> None:
+    case = APPEND.with_changes(**changes)
+    outcome = judged(case, ver=3)
+    assert outcome.verdict == KNOWN
+    assert entry in outcome.differences[0]
+    assert not outcome.launched
+    assert judged(case).verdict == AGREES
+    assert judged(APPEND, ver=3).verdict == AGREES
 
 
 def test_reading_one_poisoned_slot_is_a_failure() -> None:
@@ -528,15 +910,56 @@ def test_peers_get_clean_inputs_with_the_same_values() -> None:
     assert torch.equal(given["triton"]["k_cache"][used], given[3]["k_cache"][used])
 
 
-@pytest.mark.parametrize("case", named.small(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*named.small(), APPEND, DENSE_APPEND], ids=lambda c: c.label)
 def test_cases_survive_json(case: Case) -> None:
     assert Case.from_json(case.to_json()) == case
+
+
+def test_covering_calls_have_every_choice_alone_and_every_pair() -> None:
+    for seed in range(3):
+        rows = features.covering(seed)
+        assert rows == features.covering(seed)
+        assert max(map(len, rows)) <= features.TOGETHER + 1
+        needed = {"rotary": {"append"}, "only_qv": {"qv"}, "descales": {"float8 cache"}}
+        for name in features.CHOICES:
+            assert {name} | needed.get(name, set()) in rows
+        for pair in itertools.combinations(features.CHOICES, 2):
+            together = any(row.issuperset(pair) for row in rows)
+            assert together == (frozenset(pair) not in features.APART), pair
+
+
+@pytest.mark.parametrize("scale", [strategies.SMALL, strategies.FULL], ids=["small", "full"])
+def test_pairwise_cases_make_use_of_every_legal_pair(scale: strategies.Scale) -> None:
+    cases = strategies.pairwise(1, scale)
+    counts = features.coverage(cases)
+    assert min(counts["alone"].values()) > 0
+    assert min(counts["pairs"].values()) > 0
+    apart = len(features.APART)
+    assert len(counts["pairs"]) == math.comb(len(features.FEATURES), 2) - apart
+    for case in cases:
+        used = features.of(case)
+        assert not any(pair <= used for pair in features.APART), case
+
+
+def test_a_feature_that_makes_no_difference_is_not_counted() -> None:
+    used = features.of(APPEND)
+    assert {"append", "rotary", "causal", "packed q", "q_len > 1", "paged"} <= used
+    assert not {"leftpad", "batch_idx", "chunk", "dense cache"} & used
+    assert {"leftpad", "batch_idx", "dense cache"} <= features.of(DENSE_APPEND)
+    idle = APPEND.with_changes(seqlens_new=(0, 0, 0), leftpad=True, leftpads=(0, 0, 0))
+    assert not {"append", "rotary", "leftpad"} & features.of(idle)
+
+
+def test_there_are_named_cases_of_every_feature() -> None:
+    for cases in (named.small(), named.full()):
+        assert min(features.coverage(cases)["alone"].values()) > 1
 
 
 def test_generated_cases_are_distinct_and_follow_the_seed() -> None:
     first = strategies.generate(40, 3, strategies.FULL, 6)
     assert first == strategies.generate(40, 3, strategies.FULL, 6)
     assert first != strategies.generate(40, 4, strategies.FULL, 6)
+    assert strategies.pairwise(3, strategies.SMALL) == strategies.pairwise(3, strategies.SMALL)
     assert len({case.identity() for case in first}) == 40
     assert len({case.spec for case in first}) == 6
     assert {case.entry for case in first} == {"kvcache", "varlen", "dense"}
@@ -578,6 +1001,47 @@ def test_every_small_case_is_small_and_every_generated_one_has_an_exact_result()
         {"pad_q": 1},
         {"entry": "dense"},
         {"dtype": "float64"},
+        {"attention_chunk": -1},
+        {"append": "packed"},
+        {"seqlens_new": (1, 1, 1, 1)},
+        {"append": "batched", "seqlens_new": (1, 2, 1, 1)},
+        {"append": "packed", "seqlens_new": (1, 2, 1)},
+        {"append": "packed", "seqlens_new": (1, 2, 1, -1)},
+        {"append": "packed", "seqlens_new": (1,) * 4, "max_q_slack": 1000},
+        {"append": "packed", "seqlens_new": (1,) * 4, "overflow": 1},
+        {"append": "packed", "seqlens_new": (1,) * 4, "rotary_dim": 24},
+        {"append": "packed", "seqlens_new": (1,) * 4, "rotary_dim": 80},
+        {"append": "packed", "seqlens_new": (1,) * 4, "rotary_dim": 16, "rotary_rows": 20},
+        {"append": "packed", "seqlens_new": (1,) * 4, "rotary_seqlens": (1,) * 4},
+        {"append": "packed", "seqlens_new": (1,) * 4, "rotary_interleaved": False},
+        {"append": "batched", "seqlens_new": (1,) * 4, "tail_new": 1},
+        {"rotary_dim": 16},
+        {"leftpad": True},
+        {"leftpads": (1,) * 4},
+        {"leftpad": True, "leftpads": (1,) * 4, "shared_prefix": True},
+        {"leftpad": True, "leftpads": (1000, 1, 1, 1)},
+        {"spare_rows": 1},
+        {"entry": "varlen", "batch_idx": True},
+        {"entry": "varlen", "leftpad": True, "leftpads": (1,) * 4},
+        {"entry": "varlen", "append": "packed", "seqlens_new": (1,) * 4},
+        {"kv_dtype": "float16"},
+        {"dtype": "float32", "kv_dtype": "float8_e4m3fn"},
+        {"dtype": "float8_e5m2", "kv_dtype": "float8_e4m3fn"},
+        {"descales": "k"},
+        {"kv_dtype": "float8_e4m3fn", "descales": "vk"},
+        {"kv_dtype": "float8_e4m3fn", "descale_strides": "expanded"},
+        {"head_dim_v": 512},
+        {"dtype": "float8_e4m3fn", "qv": True},
+        {"kv_dtype": "float8_e4m3fn", "qv": True, "descales": "k"},
+        {"only_qv": "bare"},
+        {"qv": True, "only_qv": "none"},
+        {"qv": True, "only_qv": "bare", "append": "packed", "seqlens_new": (1,) * 4},
+        {
+            "kv_dtype": "float8_e4m3fn",
+            "append": "packed",
+            "seqlens_new": (1,) * 4,
+            "rotary_dim": 16,
+        },
     ],
 )
 def test_an_illegal_case_cannot_be_made(changes: dict[str, Any]) -> None:
@@ -585,14 +1049,15 @@ def test_an_illegal_case_cannot_be_made(changes: dict[str, Any]) -> None:
         CASE.with_changes(**changes)
 
 
-def test_the_repro_snippet_runs_the_case(capsys: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("case", [CASE, APPEND, DENSE_APPEND], ids=["plain", "paged", "dense"])
+def test_the_repro_snippet_runs_the_case(case: Case, capsys: Any, monkeypatch: Any) -> None:
     seen = []
     monkeypatch.setattr("parity_tests.runners.public_call", None)
     monkeypatch.setattr(
         "parity_tests.runners.run_backend", lambda prepared, ver: seen.append(prepared) or CASE_RUN
     )
-    exec(CASE.repro_snippet("torch", "cpu"), {})
-    assert seen[0].case == CASE
+    exec(case.repro_snippet("torch", "cpu"), {})
+    assert seen[0].case == case
     assert "agrees" in capsys.readouterr().out
 
 
@@ -651,6 +1116,34 @@ def test_the_report_is_self_contained_and_escaped(tmp_path: Path, monkeypatch: A
     assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", html)
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_the_report_shows_a_wrong_cache_and_which_pairs_ran(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def overwriting(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        result = exact(case, arguments)
+        arguments["v_cache"].nan_to_num_(nan=0.0)
+        return result
+
+    monkeypatch.setattr(report, "what_backends", lambda _: {"triton": "here"})
+    run = run_of(overwriting, [APPEND], vers=("triton",))
+    run.outcomes += run_of(exact, [CASE], vers=("triton",)).outcomes
+    json_path, html_path = report.write(run, tmp_path, "python -m parity_tests")
+    data = json.loads(json_path.read_text())
+    assert not data["passed"]
+    failed, agreed = data["outcomes"]
+    assert "v_cache was overwritten in" in failed["reasons"][0]
+    assert failed["measures"]["key_error"] == 0
+    assert agreed["measures"]["key_error"] is None
+    counts = data["coverage"]["triton"]
+    assert counts["alone"]["causal"] == 2
+    assert counts["pairs"]["append + rotary"] == 1
+    assert counts["pairs"]["append + leftpad"] == 0
+    html = html_path.read_text()
+    assert "v_cache was overwritten in" in html
+    assert "<h2>Coverage</h2>" in html
+    assert "pairs of features ran in no case" in html
 
 
 @pytest.mark.parametrize(("call", "status"), [(exact, 0), (refuse, 1), (lambda *_: 1 / 0, 1)])
