@@ -98,6 +98,17 @@ def portability(session: nox.Session, triton: str) -> None:
     session.run("python", "-m", "tests.portability", *session.posargs)
 
 
+@nox.session(default=False)
+@nox.parametrize("transformers", ["5.17.0", "newest"])
+def integrations(session: nox.Session, transformers: str) -> None:
+    """The package inside other frameworks, on the CPU: the oldest transformers and the newest."""
+    session.install(*CONSTRAINTS, "-e", ".[integrations]")
+    if transformers != "newest":
+        session.install(*CONSTRAINTS, f"transformers=={transformers}")
+    arguments = session.posargs or ["tests/integrations"]
+    session.run("python", "-m", "pytest", "-q", *arguments, env=TEST_ENV)
+
+
 @nox.session(venv_backend="none", default=False)
 def parity_gpu(session: nox.Session) -> None:
     """The main job in this environment, with every peer required to be present."""
@@ -107,8 +118,12 @@ def parity_gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def tests_gpu(session: nox.Session) -> None:
-    """The tests in this environment, GPU tests included, one process."""
-    run_pytest(session, external=True)
+    """The tests in this environment: kernels on the GPU, then all else in the interpreter."""
+    files = session.posargs or ["tests", "parity_tests"]
+    command = ("python", "-m", "pytest", "-q", *files)
+    session.run(*command, "-m", "gpu or device", env=TEST_ENV, external=True)
+    hidden = TEST_ENV | {"CUDA_VISIBLE_DEVICES": ""}
+    session.run(*command, "-m", "not gpu", env=hidden, external=True)
 
 
 @nox.session(venv_backend="none", default=False)
