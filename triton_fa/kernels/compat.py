@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
 import triton
 import triton.language as tl
 from packaging.version import Version
@@ -29,9 +34,29 @@ else:
     grid_dependency_wait = gdc_wait
     grid_dependency_release = gdc_launch_dependents
 
+
+@functools.cache
+def gluon_names() -> SimpleNamespace:
+    """Names of Gluon that were renamed. Imported when a Gluon kernel is, and not before.
+
+    Raises:
+        ImportError, AttributeError: this Triton's Gluon has other names.
+    """
+    gluon = "triton.experimental.gluon"
+    gl: Any = importlib.import_module(f"{gluon}.language")
+    tma: Any = importlib.import_module(f"{gluon}.language.nvidia.hopper.tma")
+    return SimpleNamespace(
+        barrier=getattr(gl, "barrier", None) or gl.thread_barrier,
+        tma_load=getattr(tma, "async_load", None) or tma.async_copy_global_to_shared,
+        tma_store=getattr(tma, "async_store", None) or tma.async_copy_shared_to_global,
+        public_reinterpret=hasattr(gl.shared_memory_descriptor, "reinterpret"),
+    )
+
+
 __all__ = [
     "INTERPRETED",
     "TRITON_VERSION",
+    "gluon_names",
     "grid_dependency_release",
     "grid_dependency_wait",
     "tl",

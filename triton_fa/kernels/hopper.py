@@ -1,0 +1,910 @@
+"""Prefill on Hopper in Gluon: what `prefill.py` computes, with its warps in separate roles.
+
+One program for each multiprocessor. A producer warp takes tiles of query tokens of one head from a
+counter and loads queries, keys and values by tensor descriptors (TMA); each consumer, four warps,
+attends with its share of the tile's tokens. Weights stay in registers, and consumers take turns at
+the tensor cores, so that the softmax of one runs beside the products of another. Key tiles go from
+right to left; only those that a boundary runs through pay for a mask.
+
+Every descriptor has five dimensions: wrap, end, batch or page, token, column. A box at wrap 2^30
+lies at token `end + token - 2^30`, since addresses are counted modulo 2^64, and ends at `end`: rows
+behind it are zeros when loaded and left alone when stored. So a neighbour's rows and unused rows
+are never seen, whatever they hold. A head is a range of columns, of two panels with a descriptor
+each where its dim is no power of two.
+
+Which sequences there are, in which order, and how long, is found as in `prefill.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triton_fa.kernels.compat import gluon_names
+from triton_fa.kernels.primitives import (
+    LOG2E,
+    NEG_INF,
+    NO_SCORE,
+    VARYING,
+    cache_row,
+    finish,
+    key_span,
+    left_padding,
+    page_ids,
+    query_span,
+    row_tiles,
+    seen_keys,
+    visible_keys,
+)
+
+tma_load = gluon_names().tma_load
+tma_store = gluon_names().tma_store
+warps_barrier = gluon_names().barrier
+RENAMED = gl.constexpr(gluon_names().public_reinterpret)
+
+# Hardware barriers. Triton takes 0, 1 and one for each partition from 2 on; the tests look.
+TURN = gl.constexpr(5)  # 5, 6, 7: a consumer's turn at the tensor cores
+KEYS_FREE = gl.constexpr(8)  # 8, 9: all consumers have left a stage of keys
+VALUES_FREE = gl.constexpr(10)  # 10, 11: and of values
+
+WRAP = gl.constexpr(1 << 30)
+STAGES = gl.constexpr(2)  # tile i of keys, or of values, is in stage i & 1
+LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # a number in each lane of one warp
+BROADCAST = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))  # eight numbers in every thread
+
+
+# ---------------------------------------------------------------- instructions
+
+
+@gluon.jit
+def barrier_sync(BARRIER, THREADS):
+    """Arrive at a hardware barrier, and wait until that many threads have."""
+    gl.inline_asm_elementwise(
+        "{ bar.sync $1, $2; mov.u32 $0, 0; }",
+        "=r,r,r",
+        [BARRIER, THREADS],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def barrier_arrive(BARRIER, THREADS):
+    """Arrive at a hardware barrier, and go on."""
+    gl.inline_asm_elementwise(
+        "{ bar.arrive $1, $2; mov.u32 $0, 0; }",
+        "=r,r,r",
+        [BARRIER, THREADS],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def exp2(x):
+    """One instruction; gl.exp2 adds range fix-ups for denormals."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def reciprocal(x):
+    """One instruction, good to the last bit but one."""
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def packed(x, DTYPE: gl.constexpr):
+    """To 16 bits. Volatile: sunk below the next scores, both would take registers at once."""
+    if gl.bfloat16 == DTYPE:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [x],
+            dtype=gl.bfloat16,
+            is_pure=False,
+            pack=2,
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [x],
+            dtype=gl.float16,
+            is_pure=False,
+            pack=2,
+        )
+
+
+@gluon.constexpr_function
+def rescaling(n):
+    """Multiply n accumulators by their factors, unless all factors of the warp are 1.
+
+    A thread holds two rows of an accumulator; elements 0 and 2 belong to different ones.
+    """
+    factor = 2 * n  # the results are $0 to $n-1, tied to the inputs $n to $2n-1
+    products = "".join(f"mul.f32 ${i}, ${i}, ${factor + i}; " for i in range(n))
+    return (
+        f"{{ .reg .pred p, q; setp.neu.f32 p, ${factor}, 0f3F800000; "
+        f"setp.neu.f32 q, ${factor + 2}, 0f3F800000; or.pred p, p, q; "
+        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra.uni SKIP; {products}SKIP: }}"
+    )
+
+
+@gluon.constexpr_function
+def tied(n):
+    """Constraints of assembly with n results in place of its first n of 2n inputs."""
+    return ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f"] * n)
+
+
+@gluon.jit
+def rescaled(acc, alpha, LAZY: gl.constexpr):
+    """acc times a factor for each row. LAZY: mostly skipped, as the factors are mostly 1."""
+    factors = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    if LAZY:
+        COUNT: gl.constexpr = acc.shape[0] * acc.shape[1] // 128
+        _, factors = gl.broadcast(acc, factors)
+        return gl.inline_asm_elementwise(
+            rescaling(COUNT),
+            tied(COUNT),
+            [acc, factors],
+            dtype=gl.float32,
+            is_pure=False,
+            pack=COUNT,
+        )
+    else:
+        return acc * factors
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@gluon.jit
+def add(a, b):
+    """The sum, for scans."""
+    return a + b
+
+
+@gluon.jit
+def is_order(plan_ptr, batch, segment, BLOCK_B: gl.constexpr):
+    """Whether the plan holds an order of all sequences: each one's place leads back to it."""
+    idx = gl.arange(0, BLOCK_B, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    mask = idx < batch
+    seq_idx = gl.load(plan_ptr + 2 * segment + idx, mask=mask, other=0) & 0xFFFF
+    there = gl.load(plan_ptr + 2 * segment + seq_idx, mask=mask & (seq_idx < batch), other=-1)
+    return gl.sum((mask & ((there >> 16) != idx)).to(gl.int32), 0) == 0
+
+
+@gluon.jit
+def next_sequences(first, before, order, lengths, C: gl.constexpr):
+    """32 sequences from place `first` of the order, and the tiles up to each, `before` included."""
+    plan_ptr, batch, segment, is_ordered = order
+    idx = first + gl.arange(0, 32, layout=LANES)
+    mask = idx < batch
+    seq_idx = idx
+    if C.ORDERED:
+        entry = gl.load(plan_ptr + 2 * segment + idx, mask=mask & is_ordered, other=0)
+        seq_idx = gl.where(mask & is_ordered, entry & 0xFFFF, idx)
+    # A tile is BLOCK_M tokens of one head; decode counts the rows of all heads of a group.
+    tiles = row_tiles(seq_idx, mask, lengths, C.GROUP, C.DECODE_ROWS, C.BLOCK_M * C.GROUP)
+    return seq_idx, before + gl.associative_scan(tiles, 0, add)
+
+
+@gluon.jit
+def key_tiles(first_token, seqlen_q, seqlen_k, padding, windows, C: gl.constexpr):
+    """(first key, one past the last, key tiles, and which of them, lo to hi, need no mask).
+
+    Rows that see no key still have one key tile, all masked: it writes zeros.
+    """
+    offset = seqlen_k - seqlen_q
+    end_token = gl.minimum(first_token + C.BLOCK_M, seqlen_q)
+    begin, end = visible_keys(first_token, end_token, offset, padding, seqlen_k, windows)
+    full_end = end
+    if C.HAS_END:
+        _, full_end = seen_keys(first_token, offset, padding, end, windows)
+    start = begin // C.ALIGN * C.ALIGN
+    count = gl.maximum((end - start + C.BLOCK_N - 1) // C.BLOCK_N, 1)
+    lo = 0
+    if C.HAS_FIRST:
+        full_begin, _ = seen_keys(end_token - 1, offset, padding, end, windows)
+        lo = (gl.maximum(full_begin, begin) - start + C.BLOCK_N - 1) // C.BLOCK_N
+        lo = gl.minimum(lo, count - 1)
+    # The right-most tile is always masked.
+    hi = gl.minimum(gl.maximum(full_end - start, 0) // C.BLOCK_N, count - 1)
+    return start, end, count, lo, gl.maximum(hi, lo)
+
+
+@gluon.jit
+def send(i, message, box):
+    """Message i of the producer, eight numbers, into one of two slots."""
+    slots, full, empty = box
+    mbarrier.wait(empty.index(i & 1), ((i >> 1) & 1) ^ 1)
+    place = gl.arange(0, 8, layout=LANES)
+    numbers = gl.full([8], 0, gl.int32, layout=LANES)
+    for k in gl.static_range(7):
+        numbers = gl.where(place == k, message[k], numbers)
+    slots.index(i & 1).store(numbers)
+    mbarrier.arrive(full.index(i & 1), count=1)
+
+
+@gluon.jit
+def receive(i, box):
+    """Message i: (head, or -1 at the end; sequence; its first query token; query and key length;
+    left padding; first token of the tile)."""
+    slots, full, empty = box
+    mbarrier.wait(full.index(i & 1), (i >> 1) & 1)
+    numbers = slots.index(i & 1).load(BROADCAST)
+    mbarrier.arrive(empty.index(i & 1), count=1)
+    place = gl.arange(0, 8, layout=BROADCAST)
+    message = ()
+    for k in gl.static_range(7):
+        message = message + (gl.sum(gl.where(place == k, numbers, 0), 0),)  # noqa: RUF005
+    return message
+
+
+# ---------------------------------------------------------------- the producer
+
+
+@gluon.jit
+def load(desc, ready, box, at, live, column):
+    """A box of rows from (batch row or page, token) `at` on, `live` of which exist."""
+    live = gl.maximum(live, 0)
+    tma_load(desc, [WRAP, at[1] + live, at[0], WRAP - live, column], ready, box)
+
+
+@gluon.jit
+def load_panel(panel, ready, i, b, at, live, column, DIM: gl.constexpr, C: gl.constexpr):
+    """Box b of key tile i, in as many parts as the descriptor's width takes."""
+    desc, _, boxes = panel
+    BOXES: gl.constexpr = C.BLOCK_N // C.BOX
+    WIDTH: gl.constexpr = desc.block_shape[4]
+    PARTS: gl.constexpr = DIM // WIDTH
+    for part in gl.static_range(PARTS):
+        box = boxes.index(((i & 1) * PARTS + part) * BOXES + b)
+        load(desc, ready, box, at, live, column + part * WIDTH)
+
+
+@gluon.jit
+def load_keys(
+    source,  # (panels, barriers, first column)
+    i,  # number of the tile, over all of the program's
+    span,  # from this key on, up to that one
+    place,  # (batch row, first token) where there are no pages
+    pages,
+    FREE: gl.constexpr,
+    DIM: gl.constexpr,
+    TAIL: gl.constexpr,
+    C: gl.constexpr,
+):
+    """A tile of keys or values, box by box, into a stage that all consumers have left."""
+    panels, barriers, column = source
+    full, empty = barriers
+    key, end = span
+    if C.NAMED:
+        if i >= STAGES:
+            barrier_sync(FREE + (i & 1), C.CONSUMERS * 128 + 32)
+    else:
+        mbarrier.wait(empty.index(i & 1), ((i >> 1) & 1) ^ 1)
+    ready = full.index(i & 1)
+    mbarrier.expect(ready, C.BLOCK_N * (DIM + TAIL) * 2)
+    BOXES: gl.constexpr = C.BLOCK_N // C.BOX
+    for b in gl.static_range(BOXES):
+        at = (place[0], place[1] + key + b * C.BOX)
+        if C.PAGE_SIZE:
+            page = gl.sum(gl.where(gl.arange(0, 32, layout=LANES) == b, pages, 0), 0)
+            at = (page, (key + b * C.BOX) % C.PAGE_SIZE)
+        live = end - key - b * C.BOX
+        load_panel(panels[0], ready, i, b, at, live, column, DIM, C)
+        if TAIL:
+            load_panel(panels[1], ready, i, b, at, live, column + DIM, TAIL, C)
+
+
+@gluon.jit
+def pages_of(key, end, table, C: gl.constexpr):
+    """The page of each box of the key tile at `key`, one in a lane; 0 where there are no pages."""
+    if C.PAGE_SIZE:
+        page_table_ptr, row_offset, num_pages = table
+        token = gl.minimum(key + gl.arange(0, 32, layout=LANES) * C.BOX, end - 1)
+        return page_ids(
+            page_table_ptr, row_offset, gl.maximum(token, 0), num_pages, token >= 0, C.PAGE_SIZE
+        )
+    else:
+        return 0
+
+
+@gluon.jit
+def producer(given, C: gl.constexpr):
+    """Take tiles from the counter, tell the consumers, and load what they need."""
+    panels, barriers, box, order, lengths, windows, paging, strides, counting = given
+    queries, keys, values = panels
+    q_barriers, k_barriers, v_barriers = barriers
+    page_table_ptr, table_stride, num_pages, batch_idx_ptr, num_rows = paging
+    counter_ptr, tiles, num_row_tiles = counting
+    batch = order[1]
+    CONSUMERS: gl.constexpr = C.CONSUMERS
+    ROWS: gl.constexpr = C.BLOCK_M // CONSUMERS
+    loaded = 0  # key tiles so far
+    sent = 0  # query tiles so far
+    first = 0
+    before = 0
+    if C.PLANNED:
+        sequences, upto = next_sequences(first, before, order, lengths, C)
+    tile = gl.program_id(0)
+    while tile < tiles:
+        # Heads run fastest: those of one group meet in the L2 cache.
+        head = tile % C.HEADS_Q
+        from_last = tile // C.HEADS_Q
+        if C.PLANNED:
+            while (gl.max(upto, 0) <= from_last) & (first + 32 < batch):
+                first += 32
+                before = gl.max(upto, 0)
+                sequences, upto = next_sequences(first, before, order, lengths, C)
+            passed = upto <= from_last
+            found = gl.sum(passed.to(gl.int32), 0)
+            is_here = gl.arange(0, 32, layout=LANES) == found
+            seq_idx = gl.where(found < 32, gl.sum(gl.where(is_here, sequences, 0), 0), batch)
+            from_last -= gl.maximum(gl.max(gl.where(passed, upto, 0), 0), before)
+        else:
+            seq_idx = from_last % batch
+            from_last = from_last // batch
+        exists = seq_idx < batch
+        first_q, seqlen_q = query_span(seq_idx, exists, lengths)
+        first_k, seqlen_k = key_span(seq_idx, exists, lengths)
+        padding = left_padding(seq_idx, exists, seqlen_k, lengths)
+        # The last tokens see the most keys under a causal mask: they go first.
+        last = num_row_tiles - 1
+        if C.PLANNED:
+            last = (seqlen_q + C.BLOCK_M - 1) // C.BLOCK_M - 1
+        token = (last - from_last) * C.BLOCK_M
+        is_ours = (token >= 0) & (token < seqlen_q) & (seqlen_q * C.GROUP > C.DECODE_ROWS)
+        start, end, count, _, _ = key_tiles(token, seqlen_q, seqlen_k, padding, windows, C)
+        count = gl.where(is_ours, count, 0)
+        end = gl.where(is_ours, end, 0)
+        row = seq_idx
+        if batch_idx_ptr is not None:
+            row = cache_row(seq_idx, exists, batch_idx_ptr, num_rows)
+        table = (page_table_ptr, row.to(gl.int64) * table_stride, num_pages)
+        if lengths[4] is not None:
+            row = 0
+        place = (row, first_k)
+        k_source = (keys, k_barriers, head // C.GROUP * strides[1])
+        v_source = (values, v_barriers, head // C.GROUP * strides[2])
+        key = start + (count - 1) * C.BLOCK_N
+        pages = pages_of(key, end, table, C)
+        if count > 0:
+            send(sent, (head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token), box)
+            load_keys(k_source, loaded, (key, end), place, pages, KEYS_FREE, C.D0, C.D1, C)
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(q_barriers[1].index(c), (sent & 1) ^ 1)
+                ready = q_barriers[0].index(c)
+                mbarrier.expect(ready, ROWS * (C.D0 + C.D1) * 2)
+                mine = token + c * ROWS
+                at = (0, first_q + mine)
+                if C.DENSE:
+                    at = (seq_idx, mine)
+                live = seqlen_q - mine
+                column = head * strides[0]
+                load(queries[0][0], ready, queries[0][2].index(c), at, live, column)
+                if C.D1:
+                    load(queries[1][0], ready, queries[1][2].index(c), at, live, column + C.D0)
+        # Behind the last sequence there is nothing more, nor where every tile has a program.
+        tile = tiles
+        if exists & (tiles > gl.num_programs(0)):
+            tile = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
+        for _j in range(1, count):  # keys one tile ahead of values
+            next_pages = pages_of(key - C.BLOCK_N, end, table, C)
+            span = (key - C.BLOCK_N, end)
+            load_keys(k_source, loaded + 1, span, place, next_pages, KEYS_FREE, C.D0, C.D1, C)
+            load_keys(v_source, loaded, (key, end), place, pages, VALUES_FREE, C.V0, C.V1, C)
+            pages = next_pages
+            key -= C.BLOCK_N
+            loaded += 1
+        if count > 0:
+            load_keys(v_source, loaded, (key, end), place, pages, VALUES_FREE, C.V0, C.V1, C)
+            loaded += 1
+            sent += 1
+    send(sent, (-1, 0, 0, 0, 0, 0, 0), box)
+    if C.NAMED:  # leave no arrival behind in the hardware barriers
+        for i in range(gl.maximum(loaded - STAGES, 0), loaded):
+            barrier_sync(KEYS_FREE + (i & 1), C.CONSUMERS * 128 + 32)
+            barrier_sync(VALUES_FREE + (i & 1), C.CONSUMERS * 128 + 32)
+
+
+# ---------------------------------------------------------------- the consumers
+
+
+@gluon.jit
+def await_tile(i, barriers, C: gl.constexpr):
+    """Wait for key tile i."""
+    mbarrier.wait(barriers[0].index(i & 1), (i >> 1) & 1)
+
+
+@gluon.jit
+def leave_stage(i, barriers, FREE: gl.constexpr, C: gl.constexpr):
+    """A consumer leaves the stage of key tile i.
+
+    An mbarrier costs a barrier of the consumer's warps, a hardware barrier one instruction.
+    """
+    if C.NAMED:
+        barrier_arrive(FREE + (i & 1), C.CONSUMERS * 128 + 32)
+    else:
+        mbarrier.arrive(barriers[1].index(i & 1), count=1)
+
+
+@gluon.jit
+def raw_scores(queries, keys, i, SCORES: gl.constexpr, C: gl.constexpr):
+    """The products of queries and key tile i, begun."""
+    ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
+    scores = gl.full([ROWS, C.BLOCK_N], 0.0, gl.float32, layout=SCORES)
+    k = keys[0][1].index(i & 1).permute((1, 0))
+    scores = warpgroup_mma(queries[0], k, scores, use_acc=False, is_async=True)
+    if C.D1:
+        k = keys[1][1].index(i & 1).permute((1, 0))
+        scores = warpgroup_mma(queries[1], k, scores, is_async=True)
+    return scores
+
+
+@gluon.jit
+def weighted(prob, values, i, accs, C: gl.constexpr):
+    """Accumulators with the weighted values of key tile i, begun."""
+    acc = warpgroup_mma(prob, values[0][1].index(i & 1), accs[0], is_async=True)
+    if C.V1:
+        prob = gl.convert_layout(prob, gl.DotOperandLayout(0, accs[1].type.layout, 2))
+        return acc, warpgroup_mma(prob, values[1][1].index(i & 1), accs[1], is_async=True)
+    else:
+        return (acc,)
+
+
+@gluon.jit
+def finished(accs, C: gl.constexpr):
+    """Accumulators when no product is under way any more."""
+    if C.V1:
+        return warpgroup_mma_wait(0, deps=[accs[0], accs[1]])
+    else:
+        return (warpgroup_mma_wait(0, deps=[accs[0]]),)
+
+
+@gluon.jit
+def capped_and_masked(scores, key, rows, windows, scales, MASKED: gl.constexpr, C: gl.constexpr):
+    """Scores with a softcap in base 2, else raw; -inf where a row does not see a key."""
+    if C.HAS_SOFTCAP:  # as in `softcapped`
+        scores = scales[1] - 2.0 * scales[1] * reciprocal(1.0 + exp2(scores * scales[0]))
+    if MASKED:
+        first_row, seqlen_q, seqlen_k, padding = rows
+        OF_COLUMN: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+        OF_ROW: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+        token = first_row + gl.arange(0, scores.shape[0], layout=OF_ROW)
+        first, end = seen_keys(token, seqlen_k - seqlen_q, padding, seqlen_k, windows)
+        column = gl.arange(0, scores.shape[1], layout=OF_COLUMN)
+        keep = column[None, :] < (end - key)[:, None]
+        if C.HAS_FIRST:
+            keep &= column[None, :] >= (first - key)[:, None]
+        scores = gl.where(keep, scores, NEG_INF)
+    return scores
+
+
+@gluon.jit
+def sums(prob, C: gl.constexpr):
+    """Row sums; with PARTIAL eight for each row, which no thread shares with another."""
+    if C.PARTIAL:
+        GROUPS: gl.constexpr = prob.shape[1] // 8
+        return gl.sum(gl.reshape(prob, [prob.shape[0], GROUPS, 8]), 1)
+    else:
+        return gl.sum(prob, 1)
+
+
+@gluon.jit
+def softmax_step(
+    scores,
+    row_max,
+    row_sum,
+    scale_log2,
+    MASKED: gl.constexpr,
+    FIRST: gl.constexpr,
+    C: gl.constexpr,
+):
+    """(weights, factor for what was summed before, row maximum, row sum).
+
+    LAZY: the maximum moves only when it is outgrown by 2^8. The result does not depend on it.
+    """
+    highest = gl.maximum(row_max, gl.max(scores, 1))
+    if C.LAZY and not FIRST:
+        has_grown = (highest - row_max) * scale_log2 > 8.0
+        highest = gl.where(has_grown, highest, row_max)
+    pivot = highest
+    if MASKED:  # a row may have seen no key yet
+        pivot = gl.where(highest == NEG_INF, 0.0, highest)
+    shift = -pivot * scale_log2
+    prob = exp2(scores * scale_log2 + shift[:, None])
+    if FIRST:
+        return prob, highest, highest, sums(prob, C)
+    else:
+        if C.LAZY:
+            alpha = gl.where(has_grown, exp2((row_max - highest) * scale_log2), 1.0)
+        else:
+            alpha = exp2(row_max * scale_log2 + shift)
+        if C.PARTIAL:
+            factor = gl.convert_layout(alpha, gl.SliceLayout(1, row_sum.type.layout))[:, None]
+        else:
+            factor = alpha
+        return prob, alpha, highest, row_sum * factor + sums(prob, C)
+
+
+@gluon.jit
+def attend(
+    state,  # weights of the tile before, accumulators, row maximum, row sum
+    i,  # number of the key tile
+    key,  # its first key
+    rows,  # (first token, query length, key length, left padding)
+    given,
+    MASKED: gl.constexpr,
+    CONSUMER: gl.constexpr,
+    SCORES: gl.constexpr,
+    C: gl.constexpr,
+):
+    """The scores of key tile i and the weighted values of the one before, together; the softmax.
+
+    Weights are handed on in float32: 16-bit ones would be taken apart and packed in every round.
+    """
+    prob, accs, row_max, row_sum = state
+    queries, keys, values, k_barriers, v_barriers, windows, scales = given
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accs[0].type.layout, 2)
+    prob = gl.convert_layout(packed(prob, queries[0].dtype), WEIGHTS)
+    await_tile(i, k_barriers, C)
+    barrier_sync(TURN + CONSUMER, 256)
+    scores = raw_scores(queries, keys, i, SCORES, C)
+    await_tile(i - 1, v_barriers, C)
+    accs = weighted(prob, values, i - 1, accs, C)
+    barrier_arrive(TURN + (CONSUMER + 1) % C.CONSUMERS, 256)
+    PRODUCTS: gl.constexpr = 2 if C.V1 else 1
+    scores = warpgroup_mma_wait(PRODUCTS, deps=[scores])
+    leave_stage(i, k_barriers, KEYS_FREE, C)
+    scores = capped_and_masked(scores, key, rows, windows, scales, MASKED, C)
+    scale_log2 = scales[0]
+    if C.HAS_SOFTCAP:
+        scale_log2 = 1.0
+    prob, alpha, row_max, row_sum = softmax_step(
+        scores, row_max, row_sum, scale_log2, MASKED, False, C
+    )
+    accs = finished(accs, C)
+    leave_stage(i - 1, v_barriers, VALUES_FREE, C)
+    if C.V1:
+        accs = (rescaled(accs[0], alpha, C.LAZY), rescaled(accs[1], alpha, C.LAZY))
+    else:
+        accs = (rescaled(accs[0], alpha, C.LAZY),)
+    return prob, accs, row_max, row_sum
+
+
+@gluon.jit
+def stage_out(acc, factor, row_sum, smem):
+    """The result of rows into shared memory; zeros for those that saw no key."""
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    has_seen = gl.convert_layout(row_sum, OF_ROW)[:, None] > 0
+    out = gl.where(has_seen, acc * gl.convert_layout(factor, OF_ROW)[:, None], 0.0)
+    smem.store(out.to(smem.dtype))
+
+
+@gluon.jit
+def store_lse(lse, lse_ptr, tile, first_row, strides):
+    """One number for each query token."""
+    head, seq_idx, first_q, seqlen_q = tile
+    token = first_row + gl.arange(0, lse.shape[0], layout=lse.type.layout)
+    lse_ptr += seq_idx.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[2]
+    lse_ptr += first_q.to(gl.int64) * strides[1]
+    gl.store(lse_ptr + token * strides[1], lse, mask=token < seqlen_q)
+
+
+@gluon.jit
+def rows_of(queries, CONSUMER: gl.constexpr, C: gl.constexpr):
+    """The panels of a consumer's queries."""
+    if C.D1:
+        return queries[0][1].index(CONSUMER), queries[1][1].index(CONSUMER)
+    else:
+        return (queries[0][1].index(CONSUMER),)
+
+
+@gluon.jit
+def no_values(ROWS: gl.constexpr, C: gl.constexpr):
+    """Accumulators of nothing."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V0, 16])
+    acc = gl.full([ROWS, C.V0], 0.0, gl.float32, layout=LAYOUT)
+    if C.V1:
+        TAIL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V1, 16])
+        return acc, gl.full([ROWS, C.V1], 0.0, gl.float32, layout=TAIL)
+    else:
+        return (acc,)
+
+
+@gluon.jit
+def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
+    """Attend with one consumer's tokens of tile after tile."""
+    panels, outs, barriers, box, results, windows, scales = given
+    queries, keys, values = panels
+    q_barriers, k_barriers, v_barriers = barriers
+    lse_ptr, lse_strides, sinks_ptr, out_stride_h = results
+    ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V0, 16])
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    PANELS: gl.constexpr = 2 if C.V1 else 1
+    mine = rows_of(queries, CONSUMER, C)
+    shared = (mine, keys, values, k_barriers, v_barriers, windows, scales)
+    if CONSUMER == C.CONSUMERS - 1:
+        barrier_arrive(TURN, 256)  # the first turn is consumer 0's
+    i = 0  # key tiles so far
+    got = 0  # query tiles so far
+    head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token = receive(0, box)
+    while head >= 0:
+        key, _, count, lo, hi = key_tiles(token, seqlen_q, seqlen_k, padding, windows, C)
+        key += (count - 1) * C.BLOCK_N
+        first_row = token + CONSUMER * ROWS
+        rows = (first_row, seqlen_q, seqlen_k, padding)
+        # The right-most key tile: there is nothing to overlap with.
+        mbarrier.wait(q_barriers[0].index(CONSUMER), got & 1)
+        await_tile(i, k_barriers, C)
+        scores = warpgroup_mma_wait(0, deps=[raw_scores(mine, keys, i, SCORES, C)])
+        leave_stage(i, k_barriers, KEYS_FREE, C)
+        scores = capped_and_masked(scores, key, rows, windows, scales, True, C)
+        row_max = gl.full([ROWS], NEG_INF, gl.float32, layout=OF_ROW)
+        scale_log2 = scales[0]
+        if C.HAS_SOFTCAP:
+            scale_log2 = 1.0
+        prob, _, row_max, row_sum = softmax_step(scores, row_max, 0, scale_log2, True, True, C)
+        state = (prob, no_values(ROWS, C), row_max, row_sum)
+        i += 1
+        # The other tiles that an end runs through, those that all rows see, and those that a first
+        # key runs through.
+        if C.HAS_END or C.HAS_FIRST:
+            for _j in range(hi, count - 1):
+                key -= C.BLOCK_N
+                state = attend(state, i, key, rows, shared, True, CONSUMER, SCORES, C)
+                i += 1
+        for _j in range(lo, hi):
+            key -= C.BLOCK_N
+            state = attend(state, i, key, rows, shared, False, CONSUMER, SCORES, C)
+            i += 1
+        if C.HAS_FIRST:
+            for _j in range(lo):
+                key -= C.BLOCK_N
+                state = attend(state, i, key, rows, shared, True, CONSUMER, SCORES, C)
+                i += 1
+        prob, accs, row_max, row_sum = state
+        if C.OWN_OUT:
+            mbarrier.arrive(q_barriers[1].index(CONSUMER), count=1)
+        # The last values; beside them the next tile's numbers and the lse.
+        WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+        prob = gl.convert_layout(prob.to(mine[0].dtype), WEIGHTS)
+        await_tile(i - 1, v_barriers, C)
+        accs = weighted(prob, values, i - 1, accs, C)
+        tile = (head, seq_idx, first_q, seqlen_q)
+        got += 1
+        head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token = receive(got, box)
+        if C.PARTIAL:
+            row_sum = gl.convert_layout(gl.sum(row_sum, 1), OF_ROW)
+        row_max = gl.where(row_max == NEG_INF, NO_SCORE, row_max * scale_log2)
+        sink = 0.0
+        if sinks_ptr is not None:
+            sink = gl.load(sinks_ptr + tile[0]).to(gl.float32) * LOG2E
+        factor, lse = finish(row_max, row_sum, sink, sinks_ptr is not None)
+        if C.HAS_LSE:
+            store_lse(lse, lse_ptr, tile, first_row, lse_strides)
+        accs = finished(accs, C)
+        leave_stage(i - 1, v_barriers, VALUES_FREE, C)
+        # Through shared memory, from where it is copied while the next tile begins.
+        if C.OWN_OUT:
+            tma.store_wait(0)
+        warps_barrier()
+        for v in gl.static_range(PANELS):
+            stage_out(accs[v], factor, row_sum, outs[v][1].index(CONSUMER))
+        fence_async_shared()
+        warps_barrier()
+        row = 0
+        if C.DENSE:
+            row = tile[1]
+        live = gl.maximum(tile[3] - first_row, 0)
+        end = tile[2] + first_row + live
+        for v in gl.static_range(PANELS):
+            column = tile[0] * out_stride_h + v * C.V0
+            tma_store(outs[v][0], [WRAP, end, row, WRAP - live, column], outs[v][2].index(CONSUMER))
+        if not C.OWN_OUT:
+            tma.store_wait(0)
+            mbarrier.arrive(q_barriers[1].index(CONSUMER), count=1)
+    tma.store_wait(0)
+    if CONSUMER == 0:
+        barrier_sync(TURN, 256)  # the last turn, which nobody takes
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+@gluon.jit
+def boxes_of(smem, desc):
+    """Shared memory of a panel as the boxes that its descriptor loads or stores."""
+    SHAPE: gl.constexpr = desc.block_shape
+    COUNT: gl.constexpr = smem.numel // (SHAPE[3] * SHAPE[4])
+    if RENAMED:
+        return smem.reinterpret(smem.dtype, [COUNT, 1, 1, 1, SHAPE[3], SHAPE[4]], desc.layout)
+    else:
+        return smem._reinterpret(smem.dtype, [COUNT, 1, 1, 1, SHAPE[3], SHAPE[4]], desc.layout)
+
+
+@gluon.jit
+def panel(desc, COUNT: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr):
+    """(Descriptor, shared memory for COUNT blocks [ROWS, DIM], the same in boxes)."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], desc.dtype)
+    smem = gl.allocate_shared_memory(desc.dtype, [COUNT, ROWS, DIM], LAYOUT)
+    return desc, smem, boxes_of(smem, desc)
+
+
+@gluon.jit
+def panels_of(
+    descs, COUNT: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr
+):
+    """One panel, or two."""
+    if TAIL:
+        return panel(descs[0], COUNT, ROWS, DIM), panel(descs[1], COUNT, ROWS, TAIL)
+    else:
+        return (panel(descs[0], COUNT, ROWS, DIM),)
+
+
+@gluon.jit
+def barrier_pair(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT pairs of barriers: full, by the producer, and empty, by so many consumers."""
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=ARRIVALS)
+    return full, empty
+
+
+@gluon.jit(do_not_specialize=[*VARYING, "tiles", "counter_offset"])
+def hopper_kernel(
+    out_desc,  # of the first panels, and of the second ones or None
+    out_tail_desc,
+    q_desc,
+    q_tail_desc,
+    k_desc,
+    k_tail_desc,
+    v_desc,
+    v_tail_desc,
+    lse_ptr,  # [heads_q, total_q] or [batch, heads_q, seqlen_q], float32
+    part_ptr,  # the tile counter is at counter_offset, an int32 that was set to 0
+    page_table_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_q_ptr,
+    seqused_k_ptr,
+    cu_seqlens_k_new_ptr,
+    leftpad_ptr,
+    batch_idx_ptr,
+    sinks_ptr,
+    plan_ptr,
+    out_stride_h,
+    lse_stride_b,
+    lse_stride_t,
+    lse_stride_h,
+    q_stride_h,
+    k_stride_h,
+    v_stride_h,
+    table_stride,
+    batch,
+    segment,
+    total_q,
+    total_k,
+    fixed_seqlen_q,
+    fixed_seqlen_k,
+    max_seqlen_k,
+    fixed_seqlen_new,
+    num_rows,
+    num_pages,
+    num_row_tiles,
+    tiles,
+    counter_offset,
+    window_left,
+    window_right,
+    attention_chunk,
+    scale_log2,
+    softcap_log2,
+    C: gl.constexpr,  # a Variant of `hopper_plans.py`
+):
+    """out = softmax(scale * q k^T + mask) v for tiles of BLOCK_M tokens of one head.
+
+    Sequences of at most DECODE_ROWS rows belong to the decode path and are left alone.
+    """
+    ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
+    queries = panels_of((q_desc, q_tail_desc), C.CONSUMERS, ROWS, C.D0, C.D1)
+    keys = panels_of((k_desc, k_tail_desc), STAGES, C.BLOCK_N, C.D0, C.D1)
+    values = panels_of((v_desc, v_tail_desc), STAGES, C.BLOCK_N, C.V0, C.V1)
+    if C.OWN_OUT:
+        outs = panels_of((out_desc, out_tail_desc), C.CONSUMERS, ROWS, C.V0, C.V1)
+    else:
+        outs = ((out_desc, queries[0][1], boxes_of(queries[0][1], out_desc)),)
+    slots = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    messages = barrier_pair(2, C.CONSUMERS)
+    box = (slots, messages[0], messages[1])
+    q_barriers = barrier_pair(C.CONSUMERS, 1)
+    k_barriers = barrier_pair(STAGES, C.CONSUMERS)
+    v_barriers = barrier_pair(STAGES, C.CONSUMERS)
+    fence_async_shared()
+    lengths = (
+        cu_seqlens_q_ptr,
+        seqused_q_ptr,
+        total_q,
+        fixed_seqlen_q,
+        cu_seqlens_k_ptr,
+        seqused_k_ptr,
+        total_k,
+        fixed_seqlen_k,
+        max_seqlen_k,
+        cu_seqlens_k_new_ptr,
+        fixed_seqlen_new,
+        leftpad_ptr,
+    )
+    windows = (window_left, window_right, attention_chunk)
+    scales = (scale_log2, softcap_log2)
+    is_ordered = False
+    if C.ORDERED:
+        is_ordered = is_order(plan_ptr, batch, segment, C.BLOCK_B)
+    order = (plan_ptr, batch, segment, is_ordered)
+    counter_ptr = (part_ptr + counter_offset).to(gl.pointer_type(gl.int32), bitcast=True)
+    lse_strides = (lse_stride_b, lse_stride_t, lse_stride_h)
+    results = (lse_ptr, lse_strides, sinks_ptr, out_stride_h)
+    barriers = (q_barriers, k_barriers, v_barriers)
+    panels = (queries, keys, values)
+    loading = (
+        panels,
+        barriers,
+        box,
+        order,
+        lengths,
+        windows,
+        (page_table_ptr, table_stride, num_pages, batch_idx_ptr, num_rows),
+        (q_stride_h, k_stride_h, v_stride_h),
+        (counter_ptr, tiles, num_row_tiles),
+    )
+    attending = (panels, outs, barriers, box, results, windows, scales)
+    C0: gl.constexpr = 0
+    C1: gl.constexpr = 1
+    C2: gl.constexpr = 2
+    if C.CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consumer, (C0, attending, C)),
+                (consumer, (C1, attending, C)),
+                (producer, (loading, C)),
+            ],
+            [4, 1],
+            [C.REGISTERS, C.PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (C0, attending, C)),
+                (consumer, (C1, attending, C)),
+                (consumer, (C2, attending, C)),
+                (producer, (loading, C)),
+            ],
+            [4, 4, 1],
+            [C.REGISTERS, C.REGISTERS, C.PRODUCER_REGISTERS],
+        )
+
+
+@triton.jit(do_not_specialize=["counter_offset"])
+def reset_kernel(part_ptr, counter_offset):
+    """Set the tile counter of `hopper_kernel` to 0."""
+    tl.store((part_ptr + counter_offset).to(tl.pointer_type(tl.int32), bitcast=True), 0)
