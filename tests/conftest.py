@@ -46,8 +46,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip gpu tests, with the reason, where there is no GPU."""
+    """Mark what runs on either device; skip gpu tests, with the reason, where there is no GPU."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()) or hasattr(
+            getattr(item, "module", None), "DEVICE"
+        ):
+            item.add_marker("device")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -262,8 +262,9 @@ def test_what_triton_cannot_do_either_raises_both_reasons(
     on_hopper: pytest.MonkeyPatch, device: str
 ) -> None:
     breaks(on_hopper, BROKEN)
-    with pytest.raises(triton_fa.UnsupportedError, match="nor does ver='triton': qv") as caught:
-        triton_fa.flash_attn_func(**dense(device, qv=torch.ones(1)), ver=3)
+    given = {name: torch.zeros(1, 3, 2, 12, device=device) for name in ("q", "k", "v")}
+    with pytest.raises(triton_fa.UnsupportedError, match="nor does ver='triton': head_d") as caught:
+        triton_fa.flash_attn_func(**given, ver=3)
     assert str(BROKEN["sgl_kernel"]) in caught.value.reasons[0]
 
 

@@ -39,13 +39,14 @@ class Fake:
 
 def result_of(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """An out of 3 and an lse of 5, in the shapes that FA3 and FA4 return."""
-    out = torch.full((*q.shape[:-1], v.shape[-1]), 3.0, dtype=q.dtype)
+    dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
+    out = torch.full((*q.shape[:-1], v.shape[-1]), 3.0, dtype=dtype)
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     return out, torch.full(shape, 5.0)
 
 
 def sgl(fake: Fake) -> types.ModuleType:
-    """sgl_kernel.flash_attn of 0.4.2, without the parameters that no call of ours uses."""
+    """sgl_kernel.flash_attn of 0.4.10, without the parameters that no call of ours uses."""
 
     def answer(q: Any, v: Any, out: Any, lse_wanted: bool) -> Any:
         computed, lse = result_of(q, v)
@@ -61,6 +62,7 @@ def sgl(fake: Fake) -> types.ModuleType:
         v_cache,
         k=None,
         v=None,
+        qv=None,
         rotary_cos=None,
         rotary_sin=None,
         cache_seqlens=None,
@@ -71,6 +73,9 @@ def sgl(fake: Fake) -> types.ModuleType:
         cu_seqlens_k_new=None,
         max_seqlen_q=None,
         rotary_seqlens=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
         softmax_scale=None,
         causal=False,
         window_size=(-1, -1),
@@ -80,13 +85,14 @@ def sgl(fake: Fake) -> types.ModuleType:
         scheduler_metadata=None,
         num_splits=0,
         pack_gqa=None,
+        only_qv=False,
         sm_margin=0,
         return_softmax_lse=False,
         sinks=None,
         out=None,
     ):
         fake.calls.append(("kvcache", dict(locals())))
-        return answer(q, v_cache, out, return_softmax_lse)
+        return answer(qv if q is None else q, v_cache, out, return_softmax_lse)
 
     def flash_attn_varlen_func(
         q,
@@ -100,11 +106,16 @@ def sgl(fake: Fake) -> types.ModuleType:
         seqused_k=None,
         softmax_scale=None,
         causal=False,
+        qv=None,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
         window_size=(-1, -1),
         attention_chunk=0,
         softcap=0.0,
         num_splits=1,
         pack_gqa=None,
+        only_qv=False,
         sm_margin=0,
         return_softmax_lse=False,
         sinks=None,
@@ -657,6 +668,22 @@ def dims(d: int, dv: int) -> dict[str, Any]:
     return dense(q=half(2, 3, 4, d), k=half(2, 5, 2, d), v=half(2, 5, 2, dv))
 
 
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def latent(d: int = 64, dv: int = 512, qv: bool = True) -> dict[str, Any]:
+    """`dense` with a second part of the queries."""
+    return dims(d, dv) | ({"qv": half(2, 3, 4, dv)} if qv else {})
+
+
+def eights(d: int = 16, dv: int = 16, dtype: torch.dtype = E5M2) -> dict[str, Any]:
+    """Queries, keys and values in 8 bits."""
+    return {
+        name: torch.zeros(shape).to(dtype)
+        for name, shape in (("q", (2, 3, 4, d)), ("k", (2, 5, 2, d)), ("v", (2, 5, 2, dv)))
+    }
+
+
 FA3_REASONS = [
     (
         dense(q=torch.zeros(2, 3, 4, 16), k=torch.zeros(2, 5, 2, 16), v=torch.zeros(2, 5, 2, 16)),
@@ -673,7 +700,17 @@ FA3_REASONS = [
         "sinks: 66 query heads: expected at most 64",
     ),
     (dense(num_splits=256), "num_splits=256: expected at most 255"),
-    (dense(qv=half(1)), "qv is not supported yet"),
+    (latent(80, 256), "qv: head_dim=80: expected up to 64"),
+    (latent(64, 128), "qv: head_dim_v=128: expected at least 256"),
+    (dense(**eights()), "q: dtype float8_e5m2: expected float16, bfloat16 or float8_e4m3fn"),
+    (
+        dense(**eights(dtype=torch.float8_e4m3fnuz)),
+        "q: dtype float8_e4m3fnuz: expected float16, bfloat16 or float8_e4m3fn",
+    ),
+    (dense(**eights() | {"q": half(2, 3, 4, 16)}), "k: dtype float8_e5m2: expected that of q"),
+    (dense(**eights(24, 24, E4M3)), "head_dim=24: expected a multiple of 16"),
+    (dense(**eights(32, 24, E4M3)), "head_dim_v=24: expected a multiple of 16"),
+    (dense(**eights(64, 512, E4M3)), "head_dim_v=512: expected a multiple of 16 up to 256"),
 ]
 
 
@@ -719,6 +756,86 @@ def test_devices_that_are_ruled_out(
 ) -> None:
     fresh.setattr(device_facts, "facts", lambda device: facts)
     assert reason in (module.BACKEND.unavailable(torch.device("cuda")) or "")
+
+
+def test_fa3_gets_a_second_part(fake: Fake) -> None:
+    given = latent()
+    DENSE(**given, ver=3)
+    assert fake.last["qv"] is given["qv"]
+    assert fake.last["q"] is given["q"]
+    assert fake.last["softmax_scale"] == 576**-0.5
+    assert not fake.last["only_qv"]
+    cache = {"k_cache": half(6, 4, 1, 64), "v_cache": half(6, 4, 1, 256)}
+    KVCACHE(**paged(q=half(2, 1, 4, 64), qv=half(2, 1, 4, 256), **cache), ver=3)
+    assert fake.last["qv"].shape == (2, 1, 4, 256)
+
+
+def test_fa3_scores_values_alone(fake: Fake) -> None:
+    given = paged(q=None, k_cache=None, v_cache=half(6, 4, 1, 512), qv=half(2, 1, 4, 512))
+    KVCACHE(**given, only_qv=True, causal=True, ver=3)
+    assert fake.function == "kvcache"
+    assert (fake.last["q"], fake.last["k_cache"], fake.last["only_qv"]) == (None, None, True)
+    for name in ("qv", "v_cache", "page_table", "cache_seqlens"):
+        assert fake.last[name] is given[name]
+    assert fake.last["softmax_scale"] == 512**-0.5
+    # The varlen function makes no placeholders.
+    given = packed(q=None, k=None, v=half(7, 1, 512), qv=half(5, 4, 512), only_qv=True)
+    with pytest.raises(UnsupportedError, match="only_qv together with cu_seqlens_k"):
+        VARLEN(**given, ver=3)
+    new = {"k": half(2, 1, 1, 512), "v": half(2, 1, 1, 512)}
+    given = paged(q=None, k_cache=None, v_cache=half(6, 4, 1, 512), qv=half(2, 1, 4, 512), **new)
+    with pytest.raises(UnsupportedError, match="only_qv together with k: "):
+        KVCACHE(**given, only_qv=True, ver=3)
+
+
+DESCALES = ("q_descale", "k_descale", "v_descale")
+
+
+def test_fa3_gets_eight_bits_and_their_factors(fake: Fake) -> None:
+    factors = {name: torch.ones(1).expand(2, 2) for name in DESCALES}
+    given = dense(**eights(dtype=E4M3), **factors)
+    assert DENSE(**given, ver=3).dtype == torch.bfloat16
+    for name, value in given.items():
+        assert fake.last[{"k": "k_cache", "v": "v_cache"}.get(name, name)] is value
+    out = torch.zeros(2, 3, 4, 16, dtype=torch.bfloat16)
+    assert DENSE(**eights(dtype=E4M3), out=out, ver=3) is out
+    assert [fake.last[name] for name in DESCALES] == [None] * 3
+    flat = {name: value.flatten(0, 1) for name, value in eights(dtype=E4M3).items()}
+    prefixes = {"cu_seqlens_q": ints(0, 3, 6), "cu_seqlens_k": ints(0, 5, 10), "max_seqlen_k": 5}
+    VARLEN(**packed(**flat, **prefixes, **factors), ver=3)
+    assert fake.function == "varlen"
+    assert all(fake.last[name] is factors[name] for name in DESCALES)
+
+
+def test_fa3_is_not_given_factors_of_16_bits(fake: Fake) -> None:
+    DENSE(**dense(k_descale=torch.ones(2, 2)), ver=3)
+    assert [fake.last[name] for name in DESCALES] == [None] * 3
+
+
+def test_fa3_on_ampere_has_neither_a_second_part_nor_eight_bits(
+    hopper: pytest.MonkeyPatch, fake: Fake
+) -> None:
+    arch(hopper, 8)
+    with pytest.raises(UnsupportedError, match=r"qv: needs compute capability 9\.x"):
+        DENSE(**latent(), ver=3)
+    with pytest.raises(UnsupportedError, match="q: dtype float8_e4m3fn: needs compute cap"):
+        DENSE(**eights(dtype=E4M3), ver=3)
+    assert not fake.calls
+
+
+def test_a_provider_without_a_second_part_or_factors_is_not_given_them(
+    fake_upstream: Fake,
+) -> None:
+    with pytest.raises(UnsupportedError, match="qv: flash_attn_interface does not take it"):
+        DENSE(**latent(), ver=3)
+    given = dense(**eights(dtype=E4M3), v_descale=torch.ones(2, 2))
+    with pytest.raises(UnsupportedError, match="v_descale: flash_attn_interface does not take"):
+        DENSE(**given, ver=3)
+    given = paged(q=None, k_cache=None, v_cache=half(6, 4, 1, 512), qv=half(2, 1, 4, 512))
+    with pytest.raises(UnsupportedError) as caught:
+        KVCACHE(**given, only_qv=True, ver=3)
+    assert "only_qv: flash_attn_interface does not take it" in caught.value.reasons
+    assert not fake_upstream.calls
 
 
 # ---------------------------------------------------------------- FA3: providers
@@ -894,6 +1011,31 @@ def test_the_lengths_of_an_append_reach_fa3_as_tensors_of_each_call(
     assert (given[-1]["cu_seqlens_k_new"], given[-1]["cache_leftpad"]) == (None, None)
 
 
+TAKEN = (
+    *("batch_size", "max_seqlen_q", "max_seqlen_k", "max_seqlen_k_new", "num_heads_q"),
+    *("num_heads_kv", "headdim", "headdim_v", "qkv_dtype", "cache_seqlens", "causal"),
+    *("window_size", "attention_chunk", "has_softcap", "num_splits", "sm_margin"),
+)
+
+
+def test_fa3_metadata_of_eight_bits(hopper: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def metadata(batch_size, max_seqlen_q, qkv_dtype, headdim, headdim_v, **_: Any):
+        given.append({"qkv_dtype": qkv_dtype, "headdim": headdim, "headdim_v": headdim_v})
+        return ints(0)
+
+    function = fa3.Function(metadata, frozenset(TAKEN))
+    made = fa3.Provider("fake", function, function, function)
+    hopper.setattr(fa3, "load_provider", lambda: made)
+    shape = (2, 1, 64, 16, 1, 64, ints(3, 8))
+    for dtype, dv in ((E4M3, 128), (torch.bfloat16, 512)):
+        triton_fa.get_scheduler_metadata(*shape, qkv_dtype=dtype, headdim_v=dv, ver=3)
+        assert given[-1] == {"qkv_dtype": dtype, "headdim": 64, "headdim_v": dv}
+    with pytest.raises(UnsupportedError, match="qkv_dtype: float8_e5m2: expected float16"):
+        triton_fa.get_scheduler_metadata(*shape, qkv_dtype=E5M2, ver=3)
+
+
 def test_a_planner_passes_on_what_it_is_given(hopper: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []
     hopper.setattr(fa3, "scheduler_metadata", lambda given_: given.append(given_) or ints(0))
@@ -986,6 +1128,16 @@ FA4_REASONS = [
     (9, DENSE, dense(num_splits=2), "num_splits=2: expected 0 or 1 on compute capability 9.x"),
     (9, DENSE, FA3_REASONS[0][0], "q: dtype float32"),
     (9, DENSE, dims(264, 264), "head_dim=264, head_dim_v=264"),
+    (9, DENSE, latent(), "qv on compute capability 9.x"),
+    (10, DENSE, latent(), "qv is not supported"),
+    (9, DENSE, dense(**eights(dtype=E4M3)), "q: dtype float8_e4m3fn: expected"),
+    (9, DENSE, dense(**eights() | {"q": half(2, 3, 4, 16)}), "k: dtype float8_e5m2: expected"),
+    (
+        9,
+        DENSE,
+        dense(**eights(), k_descale=torch.ones(2, 2)),
+        "k_descale on compute capability 9.x",
+    ),
     (10, DENSE, dims(192, 192), "head_dim=192, head_dim_v=192: expected up to 128"),
     (9, KVCACHE, paged(scheduler_metadata=ints(1)), "scheduler_metadata is not supported"),
     (9, KVCACHE, appending(), "k is not supported"),

@@ -191,8 +191,16 @@ def test_attention_chunk(value: int | None, want: int) -> None:
 def test_queries_have_positions_of_their_own_where_a_mask_may_hide_a_key(
     options: dict[str, Any], moving: bool
 ) -> None:
-    problem = dense(**options)
-    assert spec.moving_positions(problem.spec, problem.bounds) == moving
+    assert dense(**options).spec.rotary_moving == moving
+
+
+def test_a_bound_counts_as_it_is_stated_there() -> None:
+    q, k = torch.zeros(3, 2, 16), torch.zeros(1, 8, 2, 16)
+    prefix = torch.tensor([0, 3], dtype=torch.int32)
+    tensors = Tensors(q, k, k, cu_seqlens_q=prefix)
+    for stated, moving in ((3, False), (4, True)):
+        options = Options("kvcache", max_seqlen_q=stated, window_size=(-1, 2))
+        assert normalize.problem(tensors, options).spec.rotary_moving == moving
 
 
 def test_off_is_off_in_every_spelling() -> None:

@@ -95,32 +95,8 @@ def test_the_legal_calls_of_this_file_are_legal(
 
 ONE = torch.ones(1)
 REFUSED = {
-    "flash_attn_with_kvcache": {
-        "qv": ONE,
-        "q_descale": ONE,
-        "k_descale": ONE,
-        "v_descale": ONE,
-        "score_mod": max,
-        "aux_tensors": [ONE],
-        "mask_mod": max,
-        "only_qv": True,
-    },
-    "flash_attn_varlen_func": {
-        "qv": ONE,
-        "q_descale": ONE,
-        "k_descale": ONE,
-        "v_descale": ONE,
-        "score_mod": max,
-        "aux_tensors": [ONE],
-        "mask_mod": max,
-        "only_qv": True,
-    },
-    "flash_attn_func": {
-        "qv": ONE,
-        "q_descale": ONE,
-        "k_descale": ONE,
-        "v_descale": ONE,
-    },
+    function: {"score_mod": max, "mask_mod": max}
+    for function in ("flash_attn_with_kvcache", "flash_attn_varlen_func")
 }
 CALL_OF = {
     "flash_attn_with_kvcache": kvcache,
@@ -181,6 +157,60 @@ def test_an_optional_argument_is_honoured_or_refused_by_name(
         assert any(reason.startswith(name) for reason in caught.value.reasons)
 
 
+# How scores are made: of values besides, and of float8 numbers with factors.
+QV_SHAPES = {"kvcache": (2, 1, 4, 16), "varlen": (5, 4, 16), "dense": (2, 3, 4, 16)}
+SCORING = ("qv", "only_qv", "q_descale", "k_descale", "v_descale")
+
+
+def scoring(make: Callable[..., Arguments], name: str) -> tuple[Arguments, Arguments]:
+    """A legal call that uses the argument `name`, and the same without it."""
+    rng = torch.Generator().manual_seed(0)
+    given = {
+        n: torch.randn(x.shape, generator=rng) if x.is_floating_point() else x
+        for n, x in make().items()
+        if isinstance(x, torch.Tensor)
+    }
+    given = make() | given
+    qv = torch.randn(QV_SHAPES[make.__name__], generator=rng)
+    if name in ("qv", "only_qv"):
+        given["softmax_scale"] = 1.0
+        more = {"qv": qv} | ({"only_qv": True} if name == "only_qv" else {})
+        return given | more, given
+    given = {
+        n: x.to(torch.float8_e4m3fn) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for n, x in given.items()
+    }
+    return given | {name: torch.full((2, 2), 0.5)}, given
+
+
+@pytest.mark.parametrize("ver", ["torch", "triton"])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (make, name)
+        for make in (kvcache, varlen, dense)
+        for name in SCORING
+        if make is not dense or name != "only_qv"  # as FlashAttention-3's flash_attn_func
+    ],
+)
+def test_an_argument_of_scores_is_honoured_or_refused_by_name(
+    name: str, make: Callable[..., Arguments], ver: str, device: str
+) -> None:
+    module = importlib.import_module(f"triton_fa.backends.{ver}")
+    calls = [
+        {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in each.items()}
+        for each in scoring(make, name)
+    ]
+    if name in module.SUPPORTED_FEATURES:
+        out, bare = (FUNCTIONS[make](**given, ver=ver) for given in calls)
+        assert out.isfinite().all()
+        assert not torch.equal(out, bare), "dropped"
+    else:
+        with pytest.raises(UnsupportedError, match=rf"\b{name}\b") as caught:
+            FUNCTIONS[make](**calls[0], ver=ver)
+        assert any(reason.startswith(name) for reason in caught.value.reasons)
+
+
 @pytest.mark.parametrize("make", [varlen, dense])
 def test_every_function_takes_a_chunk(make: Callable[..., Arguments]) -> None:
     q = torch.ones_like(make()["q"])
@@ -193,10 +223,10 @@ def test_every_function_takes_a_chunk(make: Callable[..., Arguments]) -> None:
 
 def test_all_reasons_are_named_at_once() -> None:
     with pytest.raises(UnsupportedError) as caught:
-        call(kvcache, qv=ONE, score_mod=max, mask_mod=max)
+        call(kvcache, aux_tensors=[ONE], score_mod=max, mask_mod=max)
     assert [reason.split()[0] for reason in caught.value.reasons] == [
+        "aux_tensors",
         "mask_mod",
-        "qv",
         "score_mod",
     ]
 
@@ -366,6 +396,15 @@ BAD_SHAPES: list[tuple[Callable[..., Arguments], Arguments, type[TritonFAError],
         {"s_aux": T(4), "learnable_sink": T(4)},
         ArgumentValueError,
         "s_aux and learnable_sink",
+    ),
+    *(
+        (
+            make,
+            {"aux_tensors": [ONE]},
+            ArgumentError,
+            "aux_tensors: expected None without score_mod",
+        )
+        for make in (kvcache, varlen)
     ),
     # appended keys
     (appending, {"k": None}, ArgumentError, "k: expected a tensor together with v, got None"),
@@ -591,8 +630,8 @@ def test_a_refused_append_writes_nothing(ver: str, device: str) -> None:
     given = {n: t.to(device) for n, t in appending(k=T(2, 1, 2, 16) + 1).items()}
     with pytest.raises(ArgumentError, match="cache_seqlens: expected at most 7"):
         triton_fa.flash_attn_with_kvcache(**given | {"cache_seqlens": 8}, ver=ver)
-    with pytest.raises(UnsupportedError, match="qv"):
-        triton_fa.flash_attn_with_kvcache(**given, qv=ONE, ver=ver)
+    with pytest.raises(UnsupportedError, match="score_mod"):
+        triton_fa.flash_attn_with_kvcache(**given, score_mod=max, ver=ver)
     assert (given["k_cache"] == 0).all()
 
 

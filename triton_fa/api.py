@@ -139,9 +139,10 @@ def flash_attn_with_kvcache(
 
     Args:
         q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with
-            cu_seqlens_q. float16, bfloat16 or float32.
+            cu_seqlens_q. float16, bfloat16, float32, or float8 (then the result is bfloat16).
         k_cache: (batch, seqlen_k, heads_kv, head_dim), or (num_pages, page_size, heads_kv,
-            head_dim) with page_table. Same dtype as q; any strides but a last one of 1.
+            head_dim) with page_table. Same dtype as q, or float8 beside 16-bit queries; any
+            strides but a last one of 1.
         v_cache: As k_cache, with head_dim_v.
         k: (batch, seqlen_new, heads_kv, head_dim), or (total_new, heads_kv, head_dim) with
             cu_seqlens_k_new: new keys. They are written into k_cache from position cache_seqlens[b]
@@ -149,7 +150,7 @@ def flash_attn_with_kvcache(
             the table or the cache has no place for is dropped. Rows of the cache that two sequences
             append to hold either one's.
         v: As k, with head_dim_v: new values.
-        qv: Second query part scored against v (MLA). Refused today.
+        qv: q's leading shape with head_dim_v, q's dtype: scores become q·k + qv·v (absorbed MLA).
         rotary_cos: (positions, rotary_dim / 2), q's dtype: turns the leading rotary_dim dims of the
             new keys and of q; needs k. Key t is at position cache_seqlens[b] + t, query i at
             cache_seqlens[b] + i if the call is causal or has a window that hides a key, else at
@@ -165,10 +166,12 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new: Lengths of appended keys; read only together with k.
         max_seqlen_q: Upper bound of query lengths; required with cu_seqlens_q.
         rotary_seqlens: (batch,) int32: positions to rotate at, instead of cache_seqlens.
-        q_descale: float8 scale. Refused today.
-        k_descale: float8 scale. Refused today.
-        v_descale: float8 scale. Refused today.
-        softmax_scale: Multiplies q·k. Default head_dim ** -0.5.
+        q_descale: (batch, heads_kv) float32, any strides: what float8 numbers of q are multiplied
+            by. As the two below read only if the keys are float8.
+        k_descale: The same of keys.
+        v_descale: The same of values.
+        softmax_scale: Multiplies the scores. Default d ** -0.5, where d counts the dims of q and qv
+            that take part.
         causal: Row i sees keys up to its own position.
         window_size: (left, right) keys visible on each side of a row's position, inclusive;
             negative or None is unbounded.
@@ -184,12 +187,15 @@ def flash_attn_with_kvcache(
         sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
         return_softmax_lse: Also return the log-sum-exp.
         sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
-        score_mod: Refused today.
-        aux_tensors: Refused today.
+        score_mod: A `@triton.jit` function f(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k,
+            aux) of blocks of scaled scores, before any mask; see docs/numerics.md. Not with
+            softcap.
+        aux_tensors: Tensors whose pointers the functions are given as the tuple aux.
         ver: "triton", "torch", 3, 4, or None for the default.
         out: Buffer of the result's shape and dtype to write to.
-        only_qv: Refused today.
-        mask_mod: Refused today.
+        only_qv: Scores are qv·v alone; q and k may be None, and are not read.
+        mask_mod: A `@triton.jit` function f(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux),
+            true where a query sees a key. Not with causal, window_size or attention_chunk.
         max_seqlen_k: A hint; the bound is taken from page_table or k_cache.
         batch_invariant: The bits of a row depend on its own sequence and the settings only, not
             on the rest of the batch, the bounds or the device's size.
@@ -214,6 +220,8 @@ def flash_attn_with_kvcache(
     if seqused_k is not None:
         lengths = one_spelling(cache_seqlens=cache_seqlens, seqused_k=seqused_k)
     fixed = lengths if isinstance(lengths, int) else None
+    if only_qv and qv is not None:
+        q, k_cache = qv, v_cache  # stand-ins
     append = None
     if not (
         k is None
@@ -239,27 +247,22 @@ def flash_attn_with_kvcache(
         cache_leftpad
         if leftpad_k is None
         else one_spelling(cache_leftpad=cache_leftpad, leftpad_k=leftpad_k),
+        qv,
+        *_descales(k_cache, q_descale, k_descale, v_descale),
+        _aux(aux_tensors),
         append,
     )
     # The condition repeats the names below: a microsecond less on a hit. A name missing here would
     # be dropped silently; test_refusals.py and test_schedule.py have every one of them.
     features = _NO_FEATURES
     if not (
-        qv is None
-        and q_descale is None
-        and k_descale is None
-        and v_descale is None
-        and score_mod is None
+        score_mod is None
         and aux_tensors is None
         and mask_mod is None
         and not only_qv
         and not batch_invariant
     ):
         features = _features(
-            qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
             score_mod=score_mod,
             aux_tensors=aux_tensors,
             mask_mod=mask_mod,
@@ -282,6 +285,8 @@ def flash_attn_with_kvcache(
         pack_gqa,
         attention_chunk,
         rotary_interleaved,
+        score_mod,
+        mask_mod,
     )
     return _call(ver, tensors, scalars)
 
@@ -345,12 +350,14 @@ def flash_attn_varlen_func(
             beyond are not written.
         seqused_k: (batch,) int32: only the first so many keys of each sequence count.
         page_table: (batch, max_pages) int32; needs seqused_k.
-        softmax_scale: Multiplies q·k. Default head_dim ** -0.5.
+        softmax_scale: Multiplies the scores. Default d ** -0.5, where d counts the dims of q and qv
+            that take part.
         causal: Row i sees keys up to its own position.
-        qv: Second query part scored against v (MLA). Refused today.
-        q_descale: float8 scale. Refused today.
-        k_descale: float8 scale. Refused today.
-        v_descale: float8 scale. Refused today.
+        qv: q's leading shape with head_dim_v, q's dtype: scores become q·k + qv·v (absorbed MLA).
+        q_descale: (batch, heads_kv) float32, any strides: what float8 numbers of q are multiplied
+            by. As the two below read only if the keys are float8.
+        k_descale: The same of keys.
+        v_descale: The same of values.
         window_size: (left, right) keys visible on each side of a row's position, inclusive;
             negative or None is unbounded.
         attention_chunk: c > 0: a row at key position p sees keys of its own chunk only, from
@@ -362,13 +369,16 @@ def flash_attn_varlen_func(
         sm_margin: Multiprocessors to leave idle; ver="torch" and ver=4 have no such choice.
         return_softmax_lse: Also return the log-sum-exp.
         sinks: (heads_q,) one extra logit per head that takes part in the softmax only.
-        score_mod: Refused today.
-        aux_tensors: Refused today.
+        score_mod: A `@triton.jit` function f(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k,
+            aux) of blocks of scaled scores, before any mask; see docs/numerics.md. Not with
+            softcap.
+        aux_tensors: Tensors whose pointers the functions are given as the tuple aux.
         ver: "triton", "torch", 3, 4, or None for the default.
         out: Buffer of the result's shape and dtype to write to.
         scheduler_metadata: What `get_scheduler_metadata` returned for these lengths and this ver.
-        only_qv: Refused today.
-        mask_mod: Refused today.
+        only_qv: Scores are qv·v alone; q and k may be None, and are not read.
+        mask_mod: A `@triton.jit` function f(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux),
+            true where a query sees a key. Not with causal, window_size or attention_chunk.
         batch_invariant: The bits of a row depend on its own sequence and the settings only, not
             on the rest of the batch, the bounds or the device's size.
         block_table: Other spelling of page_table.
@@ -388,6 +398,8 @@ def flash_attn_varlen_func(
     lengths: Any = seqused_k
     if cache_seqlens is not None:
         lengths = one_spelling(seqused_k=seqused_k, cache_seqlens=cache_seqlens)
+    if only_qv and qv is not None:
+        q, k = qv, v  # stand-ins
     tensors = Tensors(
         q,
         k,
@@ -400,24 +412,21 @@ def flash_attn_varlen_func(
         lengths,
         _sinks(sinks, s_aux, learnable_sink),
         scheduler_metadata,
+        None,
+        None,
+        qv,
+        *_descales(k, q_descale, k_descale, v_descale),
+        _aux(aux_tensors),
     )
     features = _NO_FEATURES
     if not (
-        qv is None
-        and q_descale is None
-        and k_descale is None
-        and v_descale is None
-        and score_mod is None
+        score_mod is None
         and aux_tensors is None
         and mask_mod is None
         and not only_qv
         and not batch_invariant
     ):
         features = _features(
-            qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
             score_mod=score_mod,
             aux_tensors=aux_tensors,
             mask_mod=mask_mod,
@@ -439,6 +448,9 @@ def flash_attn_varlen_func(
         return_softmax_lse or return_attn_probs or return_lse,
         pack_gqa,
         attention_chunk,
+        True,
+        score_mod,
+        mask_mod,
     )
     return _call(ver, tensors, scalars)
 
@@ -476,12 +488,14 @@ def flash_attn_func(
         q: (batch, seqlen_q, heads_q, head_dim) in float16, bfloat16 or float32.
         k: (batch, seqlen_k, heads_kv, head_dim).
         v: (batch, seqlen_k, heads_kv, head_dim_v).
-        softmax_scale: Multiplies q·k. Default head_dim ** -0.5.
+        softmax_scale: Multiplies the scores. Default d ** -0.5, where d counts the dims of q and qv
+            that take part.
         causal: Row i sees keys up to its own position.
-        qv: Second query part scored against v (MLA). Refused today.
-        q_descale: float8 scale. Refused today.
-        k_descale: float8 scale. Refused today.
-        v_descale: float8 scale. Refused today.
+        qv: q's leading shape with head_dim_v, q's dtype: scores become q·k + qv·v (absorbed MLA).
+        q_descale: (batch, heads_kv) float32, any strides: what float8 numbers of q are multiplied
+            by. As the two below read only if the keys are float8.
+        k_descale: The same of keys.
+        v_descale: The same of values.
         window_size: (left, right) keys visible on each side of a row's position, inclusive;
             negative or None is unbounded.
         attention_chunk: c > 0: a row at key position p sees keys of its own chunk only, from
@@ -510,22 +524,10 @@ def flash_attn_func(
         UnknownVersionError, UnsupportedError, BackendUnavailableError: see `strict`.
     """
     sink_logits = _sinks(sinks, None, learnable_sink)
-    tensors = Tensors(q, k, v, out, None, None, None, None, None, sink_logits, None)
-    features = _NO_FEATURES
-    if not (
-        qv is None
-        and q_descale is None
-        and k_descale is None
-        and v_descale is None
-        and not batch_invariant
-    ):
-        features = _features(
-            qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            batch_invariant=batch_invariant or None,
-        )
+    descales = _descales(k, q_descale, k_descale, v_descale)
+    nothing = (None,) * 5  # a dense batch has no lengths and no table
+    tensors = Tensors(q, k, v, out, *nothing, sink_logits, None, None, None, qv, *descales)
+    features = _features(batch_invariant=True) if batch_invariant else _NO_FEATURES
     scalars = (
         "dense",
         softmax_scale,
@@ -543,6 +545,21 @@ def flash_attn_func(
         attention_chunk,
     )
     return _call(ver, tensors, scalars)
+
+
+def _aux(aux_tensors: Any) -> Any:
+    return tuple(aux_tensors) if isinstance(aux_tensors, list) else aux_tensors
+
+
+_NO_DESCALES: tuple[Any, Any, Any] = (None, None, None)
+
+
+def _descales(k: Any, q_descale: Any, k_descale: Any, v_descale: Any) -> tuple[Any, Any, Any]:
+    """The factors of float8 numbers; FlashAttention-3 reads them for nothing else, nor do we."""
+    none_given = q_descale is None and k_descale is None and v_descale is None
+    if none_given or getattr(k, "dtype", torch.float16).itemsize > 1:
+        return _NO_DESCALES
+    return q_descale, k_descale, v_descale
 
 
 def _table(page_table: Any, block_table: Any) -> Any:

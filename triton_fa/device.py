@@ -18,6 +18,7 @@ class DeviceFacts:
     arch: tuple[int, int]  # compute capability; (0, 0) off NVIDIA
     num_sms: int  # multiprocessors, or compute units
     shared_memory: int  # bytes a program may use
+    warp_size: int = 32  # 64 on AMD's CDNA
 
 
 @functools.cache
@@ -28,7 +29,8 @@ def facts(device: torch.device) -> DeviceFacts:
     props = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         shared = (160 if "gfx95" in getattr(props, "gcnArchName", "") else 64) << 10
-        return DeviceFacts("hip", (0, 0), props.multi_processor_count, shared)
+        warp_size = getattr(props, "warp_size", 64)
+        return DeviceFacts("hip", (0, 0), props.multi_processor_count, shared, warp_size)
     shared = getattr(props, "shared_memory_per_block_optin", 99 << 10)
     return DeviceFacts("cuda", (props.major, props.minor), props.multi_processor_count, shared)
 

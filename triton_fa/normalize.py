@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,12 @@ from triton_fa.problem import Append, Lengths, Problem, Tensors
 from triton_fa.spec import AttnSpec, Bounds, KeyLayout, QueryLayout, metadata_entries
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FP8_DTYPES = (
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,8 @@ class Options:
     pack_gqa: bool | None = None
     attention_chunk: int | None = 0
     rotary_interleaved: bool = True
+    score_mod: Any = None
+    mask_mod: Any = None
 
 
 def problem(tensors: Tensors, options: Options) -> Problem:
@@ -58,6 +66,7 @@ def problem(tensors: Tensors, options: Options) -> Problem:
     names = _key_names(options.entry)
     k, v = require_tensor(names[0], tensors.k), require_tensor(names[1], tensors.v)
     require_no_grad({"q": q, names[0]: k, names[1]: v, "sinks": tensors.sinks, "out": tensors.out})
+    require_dtype("q", q, (*FLOAT_DTYPES, *FP8_DTYPES))
     _check_dtypes(q, {names[0]: k, names[1]: v})
 
     query_layout: QueryLayout = "dense" if tensors.cu_seqlens_q is None else "packed"
@@ -91,6 +100,8 @@ def problem(tensors: Tensors, options: Options) -> Problem:
     fixed_seqlen_k = _fixed_seqlen_k(tensors, options, key_layout, max_seqlen_k)
     total_new, max_seqlen_new, rotary_dim = 0, 0, 0
     if tensors.append is not None:
+        if "only_qv" in options.features:
+            raise ArgumentError("k: expected None together with only_qv, which reads no keys")
         bounds = Bounds(batch, total_q, max_seqlen_q, max_seqlen_k, fixed_seqlen_k)
         total_new, max_seqlen_new = _check_append(
             tensors, tensors.append, bounds, options.fixed_seqlen_k is not None
@@ -115,9 +126,11 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         require_device("sinks", sinks, q.device)
         if heads_q > 1 and sinks.stride(0) != 1:
             raise ArgumentError(f"sinks: expected stride 1, got strides {sinks.stride()}")
+    _check_second_part(tensors, options)
+    _check_descales(tensors, batch, heads_kv)
     if tensors.out is not None:
         out = require_tensor("out", tensors.out)
-        require_dtype("out", out, (q.dtype,))
+        require_dtype("out", out, (torch.bfloat16 if q.dtype in FP8_DTYPES else q.dtype,))
         require_shape("out", out, (*q.shape[:-1], v.shape[-1]))
         require_device("out", out, q.device)
         if out.shape[-1] > 1 and out.stride(-1) != 1:
@@ -126,7 +139,11 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         _check_metadata("scheduler_metadata", tensors.scheduler_metadata, batch, q.device)
 
     window_left, window_right = _window(options.causal, options.window_size)
-    scale = q.shape[-1] ** -0.5 if options.softmax_scale is None else options.softmax_scale
+    _check_mods(tensors, options)
+    scored = q.shape[-1]
+    if tensors.qv is not None and "only_qv" not in options.features:
+        scored += v.shape[-1]
+    scale = scored**-0.5 if options.softmax_scale is None else options.softmax_scale
     softcap = require_float("softcap", 0.0 if options.softcap is None else options.softcap)
     if softcap < 0:
         raise ArgumentValueError(f"softcap: expected 0 (off) or a positive number, got {softcap}")
@@ -152,8 +169,11 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         sinks_dtype=None if tensors.sinks is None else tensors.sinks.dtype,
         pack_gqa=_pack_gqa(options),
         attention_chunk=_attention_chunk(options.attention_chunk),
+        score_mod=options.score_mod,
+        mask_mod=options.mask_mod,
         rotary_dim=rotary_dim,
         rotary_interleaved=require_bool("rotary_interleaved", options.rotary_interleaved),
+        rotary_moving=_hides_keys(options, q, max_seqlen_k),
     )
     bounds = Bounds(
         batch, total_q, max_seqlen_q, max_seqlen_k, fixed_seqlen_k, total_new, max_seqlen_new
@@ -166,10 +186,65 @@ def _key_names(entry: str) -> tuple[str, str]:
 
 
 def _check_dtypes(q: torch.Tensor, keys: dict[str, torch.Tensor]) -> None:
-    require_dtype("q", q, FLOAT_DTYPES)
+    """Keys have q's dtype, or are all of one float8 dtype beside 16-bit queries."""
+    first, *_ = keys.values()
+    mixed = q.dtype in (torch.float16, torch.bfloat16) and first.dtype in FP8_DTYPES
     for name, tensor in keys.items():
-        require_dtype(name, tensor, (q.dtype,))
+        require_dtype(name, tensor, (first.dtype if mixed else q.dtype,))
         require_device(name, tensor, q.device)
+
+
+def _check_second_part(tensors: Tensors, options: Options) -> None:
+    """Validate qv."""
+    only = "only_qv" in options.features
+    if tensors.qv is None:
+        if only:
+            raise ArgumentValueError("qv: expected a tensor together with only_qv, got None")
+        return
+    q, qv = tensors.q, require_tensor("qv", tensors.qv)
+    require_no_grad({"qv": qv})
+    require_dtype("qv", qv, (q.dtype,))
+    if q.dtype in FP8_DTYPES:
+        raise ArgumentError(f"qv: expected float16, bfloat16 or float32, got {q.dtype}")
+    require_device("qv", qv, q.device)
+    require_shape("qv", qv, (*q.shape[:-1], tensors.v.shape[-1]))
+    if qv.shape[-1] > 1 and qv.stride(-1) != 1:
+        raise LayoutError(f"qv: expected last stride 1, got strides {qv.stride()}")
+
+
+def _check_mods(tensors: Tensors, options: Options) -> None:
+    """Validate score_mod, mask_mod and aux_tensors; where two could mean two things, neither."""
+    for name in ("score_mod", "mask_mod"):
+        value = getattr(options, name)
+        if value is not None and not callable(value):
+            raise ArgumentTypeError(f"{name}: expected a function, got {type(value).__name__}")
+    if options.score_mod is not None and options.softcap:
+        raise ArgumentError("score_mod: expected None together with softcap")
+    if options.mask_mod is not None:
+        masks = {
+            "causal": options.causal,
+            "window_size": _window(False, options.window_size) != (-1, -1),
+            "attention_chunk": options.attention_chunk,
+        }
+        for name, given in masks.items():
+            if given:
+                raise ArgumentError(f"mask_mod: expected None together with {name}")
+    if tensors.aux is None:
+        return
+    if options.score_mod is None and options.mask_mod is None:
+        raise ArgumentError("aux_tensors: expected None without score_mod and mask_mod")
+    for index, value in enumerate(tensors.aux):
+        tensor = require_tensor(f"aux_tensors[{index}]", value)
+        require_device(f"aux_tensors[{index}]", tensor, tensors.q.device)
+
+
+def _check_descales(tensors: Tensors, batch: int, heads_kv: int) -> None:
+    for name in ("q_descale", "k_descale", "v_descale"):
+        if (value := getattr(tensors, name)) is not None:
+            tensor = require_tensor(name, value)
+            require_dtype(name, tensor, (torch.float32,))
+            require_shape(name, tensor, (batch, heads_kv))
+            require_device(name, tensor, tensors.q.device)
 
 
 def _max_seqlen_q(q: torch.Tensor, layout: QueryLayout, options: Options) -> int:
@@ -262,7 +337,9 @@ def _check_append(
     if tensors.seqused_k is None and not has_length:
         raise ArgumentError("cache_seqlens: expected key lengths together with k, got None")
     require_no_grad({"k": k, "v": v})
-    _check_dtypes(q, {"k": k, "v": v})
+    for name, tensor in (("k", k), ("v", v)):
+        require_dtype(name, tensor, (cache.dtype,))
+        require_device(name, tensor, q.device)
     heads = cache.shape[-2]
     if append.cu_seqlens_k_new is None:
         require_rank("k", k, 4, "(batch, seqlen_new, heads, head_dim) without cu_seqlens_k_new")
@@ -303,9 +380,13 @@ def _check_rotary(tensors: Tensors, append: Append, bounds: Bounds) -> int:
         if value is None:
             raise ArgumentError(f"{name}: expected a tensor together with rotary_{other}, got None")
     q = tensors.q
+    if append.k.dtype in FP8_DTYPES:
+        raise ArgumentError(f"rotary_cos: expected None together with k of {append.k.dtype}")
     cos, sin = require_tensor("rotary_cos", cos), require_tensor("rotary_sin", sin)
     require_no_grad({"rotary_cos": cos, "rotary_sin": sin})
-    _check_dtypes(q, {"rotary_cos": cos, "rotary_sin": sin})
+    for name, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
+        require_dtype(name, tensor, (q.dtype,))
+        require_device(name, tensor, q.device)
     require_rank("rotary_cos", cos, 2, "(positions, rotary_dim / 2)")
     dim = 2 * cos.shape[1]
     if dim % 16 or not 0 < dim <= q.shape[-1]:
@@ -326,6 +407,17 @@ def _check_rotary(tensors: Tensors, append: Append, bounds: Bounds) -> int:
     if append.rotary_seqlens is not None:
         require_index("rotary_seqlens", append.rotary_seqlens, (bounds.batch,), q.device)
     return dim
+
+
+def _hides_keys(options: Options, q: torch.Tensor, max_seqlen_k: int) -> bool:
+    """Whether FA3 calls this causal or local, and so turns query i by its own position.
+
+    By the bounds as they are given, which may be more than q can hold.
+    """
+    left, right = _window(options.causal, options.window_size)
+    stated = options.max_seqlen_q if q.dim() == 3 else q.shape[1]
+    hidden = 0 <= left < max_seqlen_k - 1 or 0 <= right < (stated or 0) - 1
+    return hidden or right == 0 or bool(options.attention_chunk)
 
 
 def _attention_chunk(value: object) -> int:
@@ -373,6 +465,10 @@ def _tensor_features(tensors: Tensors) -> frozenset[str]:
     present |= {
         "cache_batch_idx": tensors.cache_batch_idx,
         "cache_leftpad": tensors.cache_leftpad,
+        "qv": tensors.qv,
+        "q_descale": tensors.q_descale,
+        "k_descale": tensors.k_descale,
+        "v_descale": tensors.v_descale,
     }
     if tensors.append is not None:
         present |= {
@@ -429,9 +525,10 @@ def schedule(
         raise ArgumentError(
             f"num_heads_q: expected a multiple of num_heads_kv, got {heads_q} and {heads_kv}"
         )
-    if options.qkv_dtype not in FLOAT_DTYPES:
+    if options.qkv_dtype not in (*FLOAT_DTYPES, *FP8_DTYPES):
         raise ArgumentError(
-            f"qkv_dtype: expected float16, bfloat16 or float32, got {options.qkv_dtype}"
+            f"qkv_dtype: expected float16, bfloat16, float32 or a float8 dtype, "
+            f"got {options.qkv_dtype}"
         )
     head_dim = require_int("headdim", options.headdim, 1)
     left, right = _window(options.causal, options.window_size)

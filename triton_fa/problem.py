@@ -31,7 +31,9 @@ class Tensors(NamedTuple):
     q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with cu_seqlens_q.
     k, v: (batch, seqlen_k, heads_kv, dim) dense, (total_k, heads_kv, dim) packed, or
     (num_pages, page_size, heads_kv, dim) paged. cache_batch_idx names a sequence's row of a dense
-    cache or of page_table; cache_leftpad is its first key in use.
+    cache or of page_table; cache_leftpad is its first key in use. qv: q's second part, scored
+    against v; with the feature "only_qv" q and k stand in for it and v. The descales are
+    (batch, heads_kv) float32 factors of float8 numbers. aux is what score_mod and mask_mod read.
     """
 
     q: torch.Tensor
@@ -47,6 +49,11 @@ class Tensors(NamedTuple):
     scheduler_metadata: torch.Tensor | None = None
     cache_batch_idx: torch.Tensor | None = None
     cache_leftpad: torch.Tensor | None = None
+    qv: torch.Tensor | None = None
+    q_descale: torch.Tensor | None = None
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
+    aux: tuple[torch.Tensor, ...] | None = None
     append: Append | None = None
 
 

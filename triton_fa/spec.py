@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -44,13 +44,21 @@ class AttnSpec:
     sinks_dtype: torch.dtype | None = None  # None without sinks
     pack_gqa: bool | None = None  # a hint, passed on to FA3 and FA4
     attention_chunk: int = 0  # 0: none
+    score_mod: Any = None  # functions of the caller's
+    mask_mod: Any = None
     rotary_dim: int = 0  # 0: no rotation
     rotary_interleaved: bool = True
+    rotary_moving: bool = False  # a rotation turns query i by its own position, not by its first's
 
     @property
     def batch_invariant(self) -> bool:
         """Whether a row's bits must not depend on the rest of the batch."""
         return "batch_invariant" in self.features
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """Of the result: that of the queries, or bfloat16 for float8 ones."""
+        return torch.bfloat16 if self.dtype.itemsize == 1 else self.dtype
 
     @property
     def q_heads_per_kv(self) -> int:
@@ -74,10 +82,3 @@ class Bounds:
 def metadata_entries(batch: int) -> int:
     """int32 entries of the scheduler metadata of `batch` sequences."""
     return 4 * (-(-batch // 4) * 4) + 1
-
-
-def moving_positions(spec: AttnSpec, bounds: Bounds) -> bool:
-    """Whether query i is rotated by its own position, as FA3 does for masks that hide any key."""
-    hides_left = 0 <= spec.window_left < bounds.max_seqlen_k - 1
-    hides_right = 0 <= spec.window_right < bounds.max_seqlen_q - 1
-    return hides_left or hides_right or spec.window_right == 0 or spec.attention_chunk > 0

@@ -16,7 +16,6 @@ import torch
 from triton_fa.backends.base import Run
 from triton_fa.errors import ArgumentError
 from triton_fa.problem import Append, AttnResult, Problem, Tensors
-from triton_fa.spec import moving_positions
 
 _logger = logging.getLogger("triton_fa")
 
@@ -148,7 +147,7 @@ def _check_rotary(problem: Problem, append: Append, sequences: list[_Sequence]) 
     """Positions of the new keys and of the queries, which without a mask are all at the first."""
     assert append.rotary_cos is not None
     held = append.rotary_cos.shape[0]
-    moving = moving_positions(problem.spec, problem.bounds)
+    moving = problem.spec.rotary_moving
     begins = [seq.cached for seq in sequences]
     name = "cache_seqlens"
     if append.rotary_seqlens is not None:

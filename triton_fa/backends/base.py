@@ -37,10 +37,11 @@ def allocate(problem: Problem, tensors: Tensors) -> AttnResult:
     q = tensors.q
     out = tensors.out
     if out is None:
-        if q.shape[-1] == problem.spec.head_dim_v and q.is_contiguous():
+        spec = problem.spec
+        if q.shape[-1] == spec.head_dim_v and q.dtype == spec.out_dtype and q.is_contiguous():
             out = torch.empty_like(q)  # the quicker of the two
         else:
-            out = q.new_empty((*q.shape[:-1], problem.spec.head_dim_v))
+            out = q.new_empty((*q.shape[:-1], spec.head_dim_v), dtype=spec.out_dtype)
     lse = None
     if problem.return_lse:
         heads_last = q.shape[:-1]  # (total_q, heads_q) or (batch, seqlen_q, heads_q)

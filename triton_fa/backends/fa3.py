@@ -38,7 +38,14 @@ OPTIONAL_FEATURES = {
     "cache_batch_idx": ("cache_batch_idx",),
     "cache_leftpad": ("cache_leftpad",),
     "attention_chunk": ("attention_chunk",),
+    "qv": ("qv",),
+    "only_qv": ("only_qv",),
+    "q_descale": ("q_descale",),
+    "k_descale": ("k_descale",),
+    "v_descale": ("v_descale",),
 }
+DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+ONLY_QV_DIM = 64  # of the placeholders that a provider makes for q and k
 MAX_SINKS = 64  # FA3 stages them in shared memory of this size, without a check
 MAX_SPLITS = 255  # the split number is packed in 8 bits
 # What one argument is called by other providers.
@@ -106,9 +113,7 @@ class FA3Backend:
             f"{name} is not supported yet"
             for name in sorted(spec.features - SUPPORTED_FEATURES - OPTIONAL_FEATURES.keys())
         ]
-        if spec.dtype not in (torch.float16, torch.bfloat16):
-            reasons.append(f"q: dtype {_dtype(spec.dtype)}: expected float16 or bfloat16")
-        reasons += _dim_reasons(spec)
+        reasons += _dtype_reasons(spec) + _dim_reasons(spec)
         if spec.num_splits > MAX_SPLITS:
             reasons.append(f"num_splits={spec.num_splits}: expected at most {MAX_SPLITS}")
         function = _function(provider, spec)
@@ -118,6 +123,12 @@ class FA3Backend:
             reasons.append("scheduler_metadata together with cu_seqlens_k or seqused_q")
         if "sinks" in spec.features:
             reasons += _sink_reasons(spec, provider, function)
+        if "qv" in spec.features:
+            reasons += _second_part_reasons(spec)
+            if "only_qv" in spec.features and function is not provider.with_kvcache:
+                reasons.append("only_qv together with cu_seqlens_k or seqused_q")
+            if "only_qv" in spec.features and "k" in spec.features:
+                reasons.append("only_qv together with k: there is no cache of keys to append to")
         for feature in sorted(spec.features & OPTIONAL_FEATURES.keys()):
             for name in OPTIONAL_FEATURES[feature]:
                 if function.spelled(name) not in function.parameters:
@@ -145,7 +156,13 @@ class FA3Backend:
         fills_out = "out" in function.parameters
 
         def run(tensors: Tensors) -> AttnResult:
-            optional = {"sinks": tensors.sinks}
+            optional = {
+                "sinks": tensors.sinks,
+                "qv": tensors.qv,
+                "q_descale": tensors.q_descale,
+                "k_descale": tensors.k_descale,
+                "v_descale": tensors.v_descale,
+            }
             if fills_out:
                 optional["out"] = tensors.out
             given = {name: value for name, value in optional.items() if value is not None}
@@ -228,13 +245,30 @@ def _version(distributions: tuple[str, ...]) -> str:
     return ""
 
 
+def _dtype_reasons(spec: AttnSpec) -> list[str]:
+    reasons = []
+    if spec.dtype not in DTYPES:
+        expected = "float16, bfloat16 or float8_e4m3fn"
+        reasons.append(f"q: dtype {_dtype(spec.dtype)}: expected {expected}")
+    elif spec.dtype.itemsize == 1 and device_facts.facts(spec.device).arch[0] != 9:
+        reasons.append(f"q: dtype {_dtype(spec.dtype)}: needs compute capability 9.x")
+    if spec.kv_dtype != spec.dtype:
+        name = "k_cache" if spec.entry == "kvcache" else "k"
+        wanted = _dtype(spec.dtype)
+        reasons.append(f"{name}: dtype {_dtype(spec.kv_dtype)}: expected that of q, {wanted}")
+    return reasons
+
+
 def _dim_reasons(spec: AttnSpec) -> list[str]:
     reasons = []
-    d, dv = spec.head_dim, spec.head_dim_v
-    if d % 8 or d > 256:
-        reasons.append(f"head_dim={d}: expected a multiple of 8 up to 256")
-    if dv % 8 or dv > 512:
-        reasons.append(f"head_dim_v={dv}: expected a multiple of 8 up to 512")
+    d = ONLY_QV_DIM if "only_qv" in spec.features else spec.head_dim
+    dv = spec.head_dim_v
+    float8 = spec.dtype.itemsize == 1
+    step, most_v = (16, 256) if float8 else (8, 512)
+    if d % step or d > 256:
+        reasons.append(f"head_dim={d}: expected a multiple of {step} up to 256")
+    if dv % step or dv > most_v:
+        reasons.append(f"head_dim_v={dv}: expected a multiple of {step} up to {most_v}")
     if d != dv:
         if not (128 < d <= 192 and 96 < dv <= 128) and not (d <= 64 and dv <= 512):
             reasons.append(
@@ -243,6 +277,17 @@ def _dim_reasons(spec: AttnSpec) -> list[str]:
             )
         if device_facts.facts(spec.device).arch[0] != 9:
             reasons.append(f"head_dim={d} with head_dim_v={dv}: needs compute capability 9.x")
+    return reasons
+
+
+def _second_part_reasons(spec: AttnSpec) -> list[str]:
+    reasons = []
+    if "only_qv" not in spec.features and spec.head_dim > 64:
+        reasons.append(f"qv: head_dim={spec.head_dim}: expected up to 64")
+    if spec.head_dim_v < 256:
+        reasons.append(f"qv: head_dim_v={spec.head_dim_v}: expected at least 256")
+    if device_facts.facts(spec.device).arch[0] != 9:
+        reasons.append("qv: needs compute capability 9.x")
     return reasons
 
 
@@ -297,6 +342,7 @@ def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensor
     fixed: dict[str, Any] = {"max_seqlen_q": problem.bounds.max_seqlen_q} if packed else {}
     lengths = _same_lengths(problem)
     leftpad = function.spelled("cache_leftpad")
+    only_qv = "only_qv" in problem.spec.features
 
     def arguments(tensors: Tensors) -> dict[str, Any]:
         given = dict(fixed)
@@ -311,6 +357,8 @@ def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensor
         if tensors.append is not None:
             optional |= tensors.append._asdict()
         given.update({name: value for name, value in optional.items() if value is not None})
+        if only_qv:  # what stands in for q and k would be read as them
+            return {"q": None, "k_cache": None, "v_cache": tensors.v, "only_qv": True, **given}
         return {"q": tensors.q, "k_cache": tensors.k, "v_cache": tensors.v, **given}
 
     return arguments
@@ -372,7 +420,7 @@ def scheduler_metadata(arguments: Mapping[str, Any]) -> torch.Tensor:
 
     Raises:
         BackendUnavailableError: No provider loads, or it has no such function.
-        UnsupportedError: It does not take one of the arguments.
+        UnsupportedError: It does not take one of the arguments, or such a qkv_dtype.
     """
     provider = load_provider()
     if isinstance(provider, str):
@@ -380,6 +428,9 @@ def scheduler_metadata(arguments: Mapping[str, Any]) -> torch.Tensor:
     if provider.metadata is None:
         raise BackendUnavailableError(3, f"{provider.detail} has no get_scheduler_metadata")
     function = provider.metadata
+    if (dtype := arguments.get("qkv_dtype", torch.bfloat16)) not in DTYPES:
+        expected = "float16, bfloat16 or float8_e4m3fn"
+        raise UnsupportedError(3, [f"qkv_dtype: {_dtype(dtype)}: expected {expected}"])
     named = {function.spelled(n): value for n, value in arguments.items() if value is not None}
     if missing := sorted(named.keys() - function.parameters):
         raise UnsupportedError(3, [f"{name}: {provider.detail} has no such" for name in missing])

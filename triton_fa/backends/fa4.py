@@ -27,6 +27,7 @@ from triton_fa.problem import AttnResult, Problem, Tensors
 from triton_fa.spec import AttnSpec
 
 SUPPORTED_FEATURES = frozenset({"sinks", "seqused_q", "out"})
+BLACKWELL_FEATURES = frozenset({"qv", "only_qv", "q_descale", "k_descale", "v_descale"})
 NOISY_LOGGERS = ("CUTE_DSL", "cutlass", "flash_attn", "quack")
 _logger = logging.getLogger("triton_fa")
 
@@ -63,11 +64,17 @@ class FA4Backend:
         """What FA4 does not do on this device."""
         major = device_facts.facts(spec.device).arch[0]
         reasons = [
-            f"{name} is not supported" for name in sorted(spec.features - SUPPORTED_FEATURES)
+            f"{name} on compute capability {major}.x"
+            if name in BLACKWELL_FEATURES and major not in (10, 11)
+            else f"{name} is not supported"
+            for name in sorted(spec.features - SUPPORTED_FEATURES)
         ]
+        dtype, kv_dtype = (str(x).removeprefix("torch.") for x in (spec.dtype, spec.kv_dtype))
         if spec.dtype not in (torch.float16, torch.bfloat16):
-            name = str(spec.dtype).removeprefix("torch.")
-            reasons.append(f"q: dtype {name}: expected float16 or bfloat16")
+            reasons.append(f"q: dtype {dtype}: expected float16 or bfloat16")
+        if kv_dtype != dtype:
+            name = "k_cache" if spec.entry == "kvcache" else "k"
+            reasons.append(f"{name}: dtype {kv_dtype}: expected that of q, {dtype}")
         reasons += _dim_reasons(spec, major)
         if spec.key_layout == "paged":
             reasons += _paging_reasons(spec, major)

@@ -15,7 +15,7 @@ import torch
 
 from triton_fa.backends.base import Run, allocate, without_work
 from triton_fa.problem import Append, AttnResult, Problem, Tensors
-from triton_fa.spec import AttnSpec, moving_positions
+from triton_fa.spec import AttnSpec
 
 SUPPORTED_FEATURES = frozenset(
     {
@@ -30,6 +30,11 @@ SUPPORTED_FEATURES = frozenset(
         "cache_batch_idx",
         "cache_leftpad",
         "attention_chunk",
+        "qv",
+        "only_qv",
+        "q_descale",
+        "k_descale",
+        "v_descale",
     }
 )
 # Scores held at once: query rows are taken in pieces, so that memory stays bounded.
@@ -75,7 +80,7 @@ def _run(problem: Problem, tensors: Tensors) -> AttnResult:
         for seq in sequences:
             _append(spec, tensors, append, seq)
     packed = spec.query_layout == "packed"
-    moving = moving_positions(spec, problem.bounds)
+    moving = spec.rotary_moving
     for seq in sequences:
         # [tokens, heads_q, dim] of this sequence
         q = tensors.q if packed else tensors.q[seq.seq_idx]
@@ -92,6 +97,13 @@ def _run(problem: Problem, tensors: Tensors) -> AttnResult:
             begin, end = _visible(spec, seq, first, last)
             k, v = _keys(problem, tensors, seq, begin, end)
             hidden = _hidden(spec, tokens + seq.offset, torch.arange(begin, end, device=q.device))
+            k, v = _scaled(tensors.k_descale, k, seq), _scaled(tensors.v_descale, v, seq)
+            q_rows = _scaled(tensors.q_descale, q_rows, seq)
+            if tensors.qv is not None:
+                qv = (tensors.qv if packed else tensors.qv[seq.seq_idx])[rows].float()
+                only = "only_qv" in spec.features
+                q_rows = qv if only else torch.cat((q_rows, qv), -1)
+                k = v if only else torch.cat((k, v), -1)
             piece, piece_lse = _attend(spec, q_rows, k, v, hidden, tensors.sinks)
             out[rows] = piece.to(out.dtype)
             if lse is not None:
@@ -195,8 +207,13 @@ def _append(spec: AttnSpec, tensors: Tensors, append: Append, seq: _Sequence) ->
     k, v = (new if packed else new[seq.seq_idx] for new in (append.k, append.v))
     taken = seq.first_new + nth[there]
     places = (rows[there], slots[there])
-    tensors.k[places] = _turned(spec, append, k[taken], seq.position + nth[there])
-    tensors.v[places] = v[taken]
+    _bytes(tensors.k)[places] = _bytes(_turned(spec, append, k[taken], seq.position + nth[there]))
+    _bytes(tensors.v)[places] = _bytes(v[taken])
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """float8 numbers as what every device can copy to an index."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
 
 
 def _turned(
@@ -217,6 +234,14 @@ def _turned(
         a, b = pairs.chunk(2, -1)
         pairs = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
     return torch.cat((pairs.to(x.dtype), x[..., spec.rotary_dim :]), -1)
+
+
+def _scaled(descale: torch.Tensor | None, x: torch.Tensor, seq: _Sequence) -> torch.Tensor:
+    """`x` (tokens, heads, dim) in float32, times the factor of its kv head."""
+    if descale is None:
+        return x.float()
+    factors = descale[seq.seq_idx]
+    return x.float() * factors.repeat_interleave(x.shape[1] // factors.shape[0])[:, None]
 
 
 def _pieces(spec: AttnSpec, seq: _Sequence) -> Iterator[tuple[int, int]]:
@@ -289,9 +314,9 @@ def _attend(
     rows, heads_q, head_dim = q.shape
     heads_kv, group, keys = spec.num_heads_kv, spec.q_heads_per_kv, k.shape[0]
     # One matrix per kv head, the heads of its group one after the other.
-    grouped = q.float().view(rows, heads_kv, group, head_dim).permute(1, 2, 0, 3)
+    grouped = q.view(rows, heads_kv, group, head_dim).permute(1, 2, 0, 3)
     grouped = grouped.reshape(heads_kv, group * rows, head_dim)
-    scores = torch.matmul(grouped, k.float().permute(1, 2, 0)) * spec.softmax_scale
+    scores = torch.matmul(grouped, k.permute(1, 2, 0)) * spec.softmax_scale
     if spec.softcap > 0:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.view(heads_q, rows, keys).masked_fill(hidden, -torch.inf)
@@ -301,7 +326,7 @@ def _attend(
         lse = torch.logaddexp(lse, sinks.float()[:, None])
     # An empty row would otherwise compute -inf - (-inf).
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    out = torch.matmul(weights.view(heads_kv, group * rows, keys), v.float().transpose(0, 1))
+    out = torch.matmul(weights.view(heads_kv, group * rows, keys), v.transpose(0, 1))
     return out.view(heads_q, rows, -1).transpose(0, 1), lse
 
 

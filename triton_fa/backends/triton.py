@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime.jit import KernelInterface
 
 from triton_fa import device as device_facts
 from triton_fa.backends.base import Run, allocate, without_work
@@ -32,11 +33,19 @@ SUPPORTED_FEATURES = frozenset(
         "cache_batch_idx",
         "cache_leftpad",
         "attention_chunk",
+        "qv",
+        "only_qv",
+        "q_descale",
+        "k_descale",
+        "v_descale",
+        "score_mod",
+        "mask_mod",
+        "aux_tensors",
     }
 )
 
 
-CallTensors = tuple[torch.Tensor | None, ...]
+CallTensors = tuple[Any, ...]
 
 
 class TritonBackend:
@@ -61,9 +70,16 @@ class TritonBackend:
         reasons = [
             f"{name} is not supported yet" for name in sorted(spec.features - SUPPORTED_FEATURES)
         ]
-        for name, dim in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
-            if dim % 8 or not 8 <= dim <= 256:
-                reasons.append(f"{name}={dim}: expected a multiple of 8 up to 256")
+        most = 512 if "qv" in spec.features else 256
+        only_qv = "only_qv" in spec.features
+        dims = {"head_dim": (spec.head_dim, 512 if only_qv else 256)}
+        dims |= {"head_dim_v": (spec.head_dim_v, most)}
+        for name, (dim, limit) in dims.items():
+            if dim % 8 or not 8 <= dim <= limit:
+                reasons.append(f"{name}={dim}: expected a multiple of 8 up to {limit}")
+        for name, mod in (("score_mod", spec.score_mod), ("mask_mod", spec.mask_mod)):
+            if mod is not None and not isinstance(mod, KernelInterface):
+                reasons.append(f"{name}: expected a @triton.jit function, got {mod!r}")
         return reasons
 
     def prepare(self, problem: Problem) -> Run:

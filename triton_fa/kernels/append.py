@@ -40,7 +40,7 @@ def copy_turned(
     """Copy rows of DIM, the leading ROTARY_DIM dims turned: (x, y) to (x c - y s, x s + y c)."""
     dims = tl.arange(0, BLOCK_D)
     rest = live[:, None] & ((dims >= ROTARY_DIM) & (dims < DIM))[None, :]
-    kept = tl.load(source[:, None] + dims[None, :], mask=rest, other=0.0)
+    kept = tl.load(source[:, None] + dims[None, :], mask=rest, other=0)
     tl.store(target[:, None] + dims[None, :], kept, mask=rest)
     if ROTARY_DIM > 0:
         cos_ptr, sin_ptr, num_positions = rotary

@@ -51,7 +51,8 @@ def combine_kernel(
     window_right,
     attention_chunk,
     NUM_HEADS_KV: tl.constexpr,
-    HEADS_DIVIDE: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    LANES_DIVIDE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     V: tl.constexpr,
@@ -67,12 +68,13 @@ def combine_kernel(
     PDL: tl.constexpr,
 ):
     """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way;
-    with chunking, of sequence v // NUM_HEADS_KV.
+    with chunking, of sequence v // LANES. Rows are those of a lane.
 
     m = max_p m_p; l = sum_p 2^(m_p - m) l_p; out = sum_p 2^(m_p - m) acc_p / l, in order of p.
     Everything but the partials is loaded before the attention kernel has ended.
     """
     HAS_SINK: tl.constexpr = sinks_ptr is not None
+    LANES: tl.constexpr = NUM_HEADS_KV * ROW_BLOCKS
     lengths = (
         cu_seqlens_q_ptr,
         seqused_q_ptr,
@@ -99,23 +101,23 @@ def combine_kernel(
         batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
     if CHUNKED:
-        head = pid % NUM_HEADS_KV
-        seq_idx = pid // NUM_HEADS_KV
+        lane = pid % LANES
+        seq_idx = pid // LANES
         before = units_before(
             seq_idx, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
         )
-        first_slot = head * total_units + before
+        first_slot = lane * total_units + before
     else:
-        head, index, first, share, extra = program_range(
-            pid, programs, total_units, NUM_HEADS_KV, HEADS_DIVIDE
+        lane, index, first, share, extra = program_range(
+            pid, programs, total_units, LANES, LANES_DIVIDE
         )
         final = first + share + (index < extra).to(tl.int32) - 1
-        if HEADS_DIVIDE:
+        if LANES_DIVIDE:
             line_start = 0
-            slot_start = head * (programs // NUM_HEADS_KV)
+            slot_start = lane * (programs // LANES)
         else:
-            head = final // total_units
-            line_start = head * total_units
+            lane = final // total_units
+            line_start = lane * total_units
             slot_start = 0
         seq_idx, before = locate(
             tl.maximum(final - line_start, 0),
@@ -142,7 +144,9 @@ def combine_kernel(
         ours = (owner == index) & (pieces > 1) & (final >= first)
         first_slot = 2 * (slot_start + owner)
     if ours:
-        rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        part_rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        head = lane // ROW_BLOCKS
+        rows = lane % ROW_BLOCKS * ROWS + part_rows
         dims = tl.arange(0, BLOCK_V)
         piece = tl.arange(0, BLOCK_P)
         row_max = tl.full([BLOCK_R], NO_SCORE, tl.float32)
@@ -162,7 +166,7 @@ def combine_kernel(
             else:
                 # The first piece began with the sequence: it is what its program left half-way.
                 slot = first_slot + 2 * nth + (nth == 0).to(tl.int32)
-            part_row = slot.to(tl.int64)[:, None] * ROWS + rows[None, :]
+            part_row = slot.to(tl.int64)[:, None] * ROWS + part_rows[None, :]
             stat = part_stat_ptr + part_row * 2
             part_max = tl.load(stat, mask=live[:, None], other=NO_SCORE, cache_modifier=".cg")
             part_sum = tl.load(stat + 1, mask=live[:, None], other=0.0, cache_modifier=".cg")

@@ -1,11 +1,12 @@
 """Attention of few query rows against long key sequences, on a balanced schedule.
 
 The key tiles of all sequences form one line (each sequence has at least one tile). A fixed number
-of persistent programs take equal contiguous ranges of it, for one kv head or, where the heads
-don't divide the programs, of the line repeated for every head. So a program leaves at most two
-partial results: of the sequence it enters half-way (slot 2v) and of the one it leaves half-way
-(slot 2v + 1); a sequence inside one range is written to the output directly. Pieces of one
-sequence belong to consecutive v, which is what `combine.py` merges, in that order.
+of persistent programs take equal contiguous ranges of it, for one lane (a kv head, or a block of
+its query rows) or, where the lanes don't divide the programs, of the line repeated for every lane.
+So a program leaves at most two partial results: of the sequence it enters half-way (slot 2v) and of
+the one it leaves half-way (slot 2v + 1); a sequence inside one range is written to the output
+directly. Pieces of one sequence belong to consecutive v, which is what `combine.py` merges, in that
+order.
 
 With chunking (`line.py`) ranges are made of whole pieces of sequences, and every piece of a
 sequence of several is a partial result of its own: what is computed for a sequence then depends on
@@ -36,7 +37,12 @@ from triton_fa.kernels.primitives import (
     cache_row,
     dot,
     finish,
+    from_fp8,
+    largest,
+    masked_by,
     page_ids,
+    power_above,
+    scored_by,
     seen_keys,
     softcapped,
 )
@@ -47,10 +53,32 @@ def load_panel(base_ptr, offsets, dims, dim_size, MASKED: tl.constexpr):
     """Rows `offsets` of a [rows, dim] tensor, dims beyond `dim_size` as zeros."""
     if MASKED:
         return tl.load(
-            base_ptr + offsets[:, None] + dims[None, :], mask=(dims < dim_size)[None, :], other=0.0
+            base_ptr + offsets[:, None] + dims[None, :], mask=(dims < dim_size)[None, :], other=0
         )
     else:
         return tl.load(base_ptr + offsets[:, None] + dims[None, :])
+
+
+@triton.jit
+def load_queries(
+    base_ptr,
+    offsets,
+    dims,
+    row_mask,
+    DIM: tl.constexpr,
+    FORMAT: tl.constexpr,
+    NEGATE: tl.constexpr,
+):
+    """Query rows, zeros where there are none."""
+    q = tl.load(
+        base_ptr + offsets[:, None] + dims[None, :],
+        mask=row_mask[:, None] & (dims < DIM)[None, :],
+        other=0,
+    )
+    q = from_fp8(q, FORMAT, "bits")
+    if NEGATE:
+        q = -q
+    return q
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -70,6 +98,11 @@ def decode_kernel(
     leftpad_ptr,
     batch_idx_ptr,
     sinks_ptr,
+    qv_ptr,  # q's second part, scored against v
+    q_descale_ptr,  # [batch, heads_kv] float32, as the two below
+    k_descale_ptr,
+    v_descale_ptr,
+    aux_ptr,  # a tuple of pointers for the functions below, or None
     out_stride_b,
     out_stride_t,
     out_stride_h,
@@ -79,12 +112,21 @@ def decode_kernel(
     q_stride_b,
     q_stride_t,
     q_stride_h,
+    qv_stride_b,
+    qv_stride_t,
+    qv_stride_h,
     k_stride_b,
     k_stride_t,
     k_stride_h,
     v_stride_b,
     v_stride_t,
     v_stride_h,
+    q_descale_stride_b,
+    q_descale_stride_h,
+    k_descale_stride_b,
+    k_descale_stride_h,
+    v_descale_stride_b,
+    v_descale_stride_h,
     table_stride,
     batch,
     total_q,
@@ -105,7 +147,8 @@ def decode_kernel(
     scale_log2,
     softcap_log2,
     NUM_HEADS_KV: tl.constexpr,
-    HEADS_DIVIDE: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    LANES_DIVIDE: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -127,6 +170,13 @@ def decode_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     NEGATE: tl.constexpr,
+    ONLY_QV: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    MASK_MOD: tl.constexpr,
+    Q_FORMAT: tl.constexpr,
+    KEY_FORMAT: tl.constexpr,
+    K_FROM_FP8: tl.constexpr,
+    V_FROM_FP8: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -138,6 +188,13 @@ def decode_kernel(
     ATTENTION_CHUNKED: tl.constexpr = attention_chunk is not None
     HAS_ROWS: tl.constexpr = batch_idx_ptr is not None
     PAGED: tl.constexpr = page_table_ptr is not None
+    HAS_QV: tl.constexpr = qv_ptr is not None
+    HAS_K: tl.constexpr = not ONLY_QV
+    FP8_KEYS: tl.constexpr = KEY_FORMAT != ""
+    HAS_MODS: tl.constexpr = SCORE_MOD is not None or MASK_MOD is not None
+    COUNTS_PADDING: tl.constexpr = ATTENTION_CHUNKED or HAS_MODS
+    IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
+    LANES: tl.constexpr = NUM_HEADS_KV * ROW_BLOCKS
     # A tile lies inside one page: one page number a tile. Elsewhere tiles start anywhere.
     FROM_START: tl.constexpr = not HAS_LEFT and not ATTENTION_CHUNKED and leftpad_ptr is None
     WHOLE_TILES: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0 and FROM_START
@@ -168,19 +225,19 @@ def decode_kernel(
     total_units, units, _ = total_and_units(
         batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
-    head, index, position, share, extra = program_range(
-        pid, programs, total_units, NUM_HEADS_KV, HEADS_DIVIDE
+    lane, index, position, share, extra = program_range(
+        pid, programs, total_units, LANES, LANES_DIVIDE
     )
     count = share + (index < extra).to(tl.int32)
     if CHUNKED:
-        # The launcher sees to it that the heads divide the programs.
-        slot = head * total_units + position
-    elif HEADS_DIVIDE:
-        slot = 2 * (head * (programs // NUM_HEADS_KV) + index)
+        # The launcher sees to it that the lanes divide the programs.
+        slot = lane * total_units + position
+    elif LANES_DIVIDE:
+        slot = 2 * (lane * (programs // LANES) + index)
     else:
         slot = 2 * index
-        head = position // total_units
-        position = position - head * total_units
+        lane = position // total_units
+        position = position - lane * total_units
     if PDL:
         grid_dependency_release()
     if count > 0:
@@ -219,6 +276,8 @@ def decode_kernel(
         if V1 > 0:
             vdims1 = V0 + tl.arange(0, V1)
         q_rows = token.to(tl.int64) * q_stride_t + (rows % GROUP).to(tl.int64) * q_stride_h
+        if HAS_QV:
+            qv_rows = token.to(tl.int64) * qv_stride_t + (rows % GROUP).to(tl.int64) * qv_stride_h
 
         tile = position - before
         if CHUNKED:
@@ -263,7 +322,7 @@ def decode_kernel(
             last = tile + 1 >= num_tiles
             wrap = last & (seq_idx + 1 >= batch)
             seq_idx_ = tl.where(last, after, seq_idx)
-            head_ = head + wrap.to(tl.int32)
+            lane_ = lane + wrap.to(tl.int32)
             tile_ = tl.where(last, 0, tile + 1)
             first_q_ = tl.where(last, first_q1, first_q)
             seqlen_q_ = tl.where(last, seqlen_q1, seqlen_q)
@@ -275,7 +334,7 @@ def decode_kernel(
             row_ = seq_idx_
             if HAS_ROWS:
                 row_ = tl.where(last, row1, row)
-            if ATTENTION_CHUNKED:
+            if COUNTS_PADDING:
                 padding_ = tl.where(last, padding1, padding)
             # Unconditional: a branch here would keep the page numbers out of the pipeline.
             after = tl.where(seq_idx_ + 1 < batch, seq_idx_ + 1, 0)
@@ -302,6 +361,13 @@ def decode_kernel(
 
             # This tile. Tokens are clamped into the visible range, not masked: unused slots may
             # hold NaN and are never read (but for a sequence without keys, whose sum stays 0).
+            head = lane // ROW_BLOCKS
+            if ROW_BLOCKS > 1:
+                rows = lane % ROW_BLOCKS * ROWS + tl.arange(0, BLOCK_M)
+                token = rows // GROUP
+                q_rows = token.to(tl.int64) * q_stride_t + (rows % GROUP).to(tl.int64) * q_stride_h
+                qv_rows = token.to(tl.int64) * qv_stride_t
+                qv_rows += (rows % GROUP).to(tl.int64) * qv_stride_h
             q_base = (
                 q_ptr
                 + seq_idx.to(tl.int64) * q_stride_b
@@ -325,27 +391,91 @@ def decode_kernel(
                 v_rows = k_rows
             else:
                 v_rows = page.to(tl.int64) * v_stride_b + slot_in_page * v_stride_t
-            q0 = tl.load(
-                q_base + q_rows[:, None] + dims0[None, :],
-                mask=row_mask[:, None] & (dims0 < HEAD_DIM)[None, :],
-                other=0.0,
-            )
-            if NEGATE:
-                q0 = -q0
-            k0 = load_panel(k_base, k_rows, dims0, HEAD_DIM, D1 == 0 and D0 != HEAD_DIM)
-            raw = dot(q0, k0.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
-            if D1 > 0:
-                q1 = tl.load(
-                    q_base + q_rows[:, None] + dims1[None, :],
-                    mask=row_mask[:, None] & (dims1 < HEAD_DIM)[None, :],
-                    other=0.0,
+            raw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if HAS_K:
+                q0 = load_queries(q_base, q_rows, dims0, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
+                if D1 > 0:
+                    q1 = load_queries(q_base, q_rows, dims1, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
+            if HAS_QV:
+                qv_base = (
+                    qv_ptr
+                    + seq_idx.to(tl.int64) * qv_stride_b
+                    + first_q.to(tl.int64) * qv_stride_t
+                    + (head * GROUP).to(tl.int64) * qv_stride_h
                 )
-                if NEGATE:
-                    q1 = -q1
-                k1 = load_panel(k_base, k_rows, dims1, HEAD_DIM, D0 + D1 != HEAD_DIM)
-                raw = dot(q1, k1.T, raw, IEEE, INTERPRETED)
+                qv0 = load_queries(qv_base, qv_rows, vdims0, row_mask, HEAD_DIM_V, "", NEGATE)
+                if V1 > 0:
+                    qv1 = load_queries(qv_base, qv_rows, vdims1, row_mask, HEAD_DIM_V, "", NEGATE)
+            scale = scale_log2
+            if FP8_KEYS and q_ptr.dtype.element_ty == tl.bfloat16:
+                top = tl.zeros([BLOCK_M], tl.float32)
+                if HAS_K:
+                    top = tl.maximum(top, largest(q0))
+                    if D1 > 0:
+                        top = tl.maximum(top, largest(q1))
+                if HAS_QV:
+                    top = tl.maximum(top, largest(qv0))
+                    if V1 > 0:
+                        top = tl.maximum(top, largest(qv1))
+                power = power_above(top)
+                if HAS_K:
+                    q0 = (q0.to(tl.float32) / power[:, None]).to(tl.float16)
+                    if D1 > 0:
+                        q1 = (q1.to(tl.float32) / power[:, None]).to(tl.float16)
+                if HAS_QV:
+                    qv0 = (qv0.to(tl.float32) / power[:, None]).to(tl.float16)
+                    if V1 > 0:
+                        qv1 = (qv1.to(tl.float32) / power[:, None]).to(tl.float16)
+                scale = (scale_log2 * power)[:, None]
+            if HAS_K:
+                k0 = load_panel(k_base, k_rows, dims0, HEAD_DIM, D1 == 0 and D0 != HEAD_DIM)
+                k0 = from_fp8(k0, KEY_FORMAT, K_FROM_FP8)
+                raw = dot(q0, k0.T, raw, IEEE, INTERPRETED)
+                if D1 > 0:
+                    k1 = load_panel(k_base, k_rows, dims1, HEAD_DIM, D0 + D1 != HEAD_DIM)
+                    k1 = from_fp8(k1, KEY_FORMAT, K_FROM_FP8)
+                    raw = dot(q1, k1.T, raw, IEEE, INTERPRETED)
+            if q_descale_ptr is not None:
+                place = seq_idx.to(tl.int64) * q_descale_stride_b + head * q_descale_stride_h
+                raw *= tl.load(q_descale_ptr + place)
+            if k_descale_ptr is not None:
+                place = seq_idx.to(tl.int64) * k_descale_stride_b + head * k_descale_stride_h
+                raw *= tl.load(k_descale_ptr + place)
+            if v_descale_ptr is not None:
+                place = seq_idx.to(tl.int64) * v_descale_stride_b + head * v_descale_stride_h
+                v_factor = tl.load(v_descale_ptr + place)
+            if HAS_QV:
+                v0 = load_panel(v_base, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
+                v0 = from_fp8(v0, KEY_FORMAT, V_FROM_FP8)
+                if V1 > 0:
+                    v1 = load_panel(v_base, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
+                    v1 = from_fp8(v1, KEY_FORMAT, V_FROM_FP8)
+                if v_descale_ptr is not None:
+                    by_values = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                    by_values = dot(qv0, v0.T, by_values, IEEE, INTERPRETED)
+                    if V1 > 0:
+                        by_values = dot(qv1, v1.T, by_values, IEEE, INTERPRETED)
+                    raw += by_values * v_factor
+                else:
+                    raw = dot(qv0, v0.T, raw, IEEE, INTERPRETED)
+                    if V1 > 0:
+                        raw = dot(qv1, v1.T, raw, IEEE, INTERPRETED)
+            if HAS_MODS:
+                cells = (
+                    seq_idx,
+                    (head * GROUP + rows % GROUP)[:, None],
+                    token[:, None],
+                    (tokens - padding)[None, :],
+                    seqlen_q,
+                    offset + seqlen_q - padding,
+                    aux_ptr,
+                )
+            if SCORE_MOD is not None:
+                raw = scored_by(SCORE_MOD, raw, scale, cells)
+            if MASK_MOD is not None:
+                raw = masked_by(MASK_MOD, raw, cells)
             if HAS_SOFTCAP:
-                raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
+                raw = softcapped(raw, scale, softcap_log2, IEEE)
             if ONE_TOKEN:
                 raw = tl.where((tokens < end)[None, :], raw, NEG_INF)
             elif LAZY_MASK and not HAS_LEFT and not ATTENTION_CHUNKED:
@@ -363,21 +493,30 @@ def decode_kernel(
                 if HAS_LEFT or ATTENTION_CHUNKED:
                     keep &= tokens[None, :] >= row_first[:, None]
                 raw = tl.where(keep, raw, NEG_INF)
-            if HAS_SOFTCAP:
+            if IN_BASE_2:
                 new_max = tl.maximum(row_max, tl.max(raw, 1))
                 prob = tl.exp2(raw - new_max[:, None])
             else:
                 # The scale is positive (the launcher folds a sign into q).
-                new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
-                prob = tl.exp2(raw * scale_log2 - new_max[:, None])
+                if FP8_KEYS and q_ptr.dtype.element_ty == tl.bfloat16:
+                    raw *= scale
+                    new_max = tl.maximum(row_max, tl.max(raw, 1))
+                    prob = tl.exp2(raw - new_max[:, None])
+                else:
+                    new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
+                    prob = tl.exp2(raw * scale_log2 - new_max[:, None])
             alpha = tl.exp2(row_max - new_max)
             row_sum = row_sum * alpha + tl.sum(prob, 1)
             row_max = new_max
-            v0 = load_panel(v_base, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
+            if not HAS_QV:
+                v0 = load_panel(v_base, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
+                v0 = from_fp8(v0, KEY_FORMAT, V_FROM_FP8)
             weights = prob.to(v0.dtype)
             acc0 = dot(weights, v0, acc0 * alpha[:, None], IEEE, INTERPRETED)
             if V1 > 0:
-                v1 = load_panel(v_base, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
+                if not HAS_QV:
+                    v1 = load_panel(v_base, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
+                    v1 = from_fp8(v1, KEY_FORMAT, V_FROM_FP8)
                 acc1 = dot(weights, v1, acc1 * alpha[:, None], IEEE, INTERPRETED)
             if CHUNKED:
                 done = last | ((tile + 1) % chunk == 0)
@@ -390,6 +529,10 @@ def decode_kernel(
                 direct = last & (whole == 1)
                 target = slot + whole
             if done:
+                if v_descale_ptr is not None:
+                    acc0 *= v_factor
+                    if V1 > 0:
+                        acc1 *= v_factor
                 if direct:
                     if HAS_SINK:
                         sink = tl.load(sinks_ptr + head * GROUP + rows % GROUP)
@@ -425,8 +568,8 @@ def decode_kernel(
                         )
                         tl.store(lse_ptr + lse_row, lse, mask=row_mask)
                 elif part_ptr is not None:  # None: no sequence is cut
-                    part_row = target.to(tl.int64) * ROWS + rows
-                    keep_row = rows < ROWS
+                    part_row = target.to(tl.int64) * ROWS + tl.arange(0, BLOCK_M)
+                    keep_row = tl.arange(0, BLOCK_M) < ROWS
                     part_base = part_ptr + part_row[:, None] * (V0 + V1)
                     tl.store(part_base + vdims0[None, :], acc0, mask=keep_row[:, None])
                     if V1 > 0:
@@ -440,7 +583,7 @@ def decode_kernel(
                     acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
                 whole = 1
             seq_idx = seq_idx_
-            head = head_
+            lane = lane_
             tile = tile_
             first_q = first_q_
             seqlen_q = seqlen_q_
@@ -452,5 +595,5 @@ def decode_kernel(
             page = page_
             if HAS_ROWS:
                 row = row_
-            if ATTENTION_CHUNKED:
+            if COUNTS_PADDING:
                 padding = padding_

@@ -65,7 +65,7 @@ class Launch:
         if TRITON_VERSION.release[:2] not in DIRECT_VERSIONS:
             return None
         if not all(p is None or isinstance(p, torch.Tensor) for p in pointers):
-            return None  # descriptors are built by Triton's dispatcher
+            return None  # descriptors and tuples are taken apart by Triton's dispatcher
         with torch.cuda.device(device):
             compiled = self._kernel.warmup(*pointers, *self._tail, grid=self._grid, **self._options)
             run = compiled.run
@@ -156,4 +156,5 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.uint8: "u8",
 }

@@ -58,24 +58,22 @@ def line_units(tiles, chunking):
 
 
 @triton.jit
-def program_range(
-    pid, programs, total_units, NUM_HEADS_KV: tl.constexpr, HEADS_DIVIDE: tl.constexpr
-):
-    """(kv head lane, index, first position, share, extra) of program `pid`'s range of the line.
+def program_range(pid, programs, total_units, LANES: tl.constexpr, LANES_DIVIDE: tl.constexpr):
+    """(lane, index, first position, share, extra) of program `pid`'s range of the line.
 
-    Ranges follow each other by index; the first `extra` of them have share + 1 units. Where the
-    heads divide the programs each head has a line and indices of its own, else the line is
-    repeated for every head. Neighbouring programs work on different heads of the same tokens:
-    their reads share pages.
+    A lane is a kv head, or some rows of one. Ranges follow each other by index; the first `extra`
+    of them have share + 1 units. Where the lanes divide the programs each has a line and indices of
+    its own, else the line is repeated for every lane. Neighbouring programs work on different lanes
+    of the same tokens: their reads share pages.
     """
-    lane = pid % NUM_HEADS_KV
-    parts = programs // NUM_HEADS_KV
-    if HEADS_DIVIDE:
-        index = pid // NUM_HEADS_KV
+    lane = pid % LANES
+    parts = programs // LANES
+    if LANES_DIVIDE:
+        index = pid // LANES
         line = total_units
     else:
-        index = lane * parts + tl.minimum(lane, programs % NUM_HEADS_KV) + pid // NUM_HEADS_KV
-        line = total_units * NUM_HEADS_KV
+        index = lane * parts + tl.minimum(lane, programs % LANES) + pid // LANES
+        line = total_units * LANES
         parts = programs
     share = line // parts
     extra = line - share * parts

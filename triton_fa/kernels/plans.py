@@ -15,7 +15,9 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_fa.device import DeviceFacts
+from triton_fa.kernels import hopper_plans
 from triton_fa.kernels.append import append_kernel
+from triton_fa.kernels.choice import decode_tile, prefill_tile
 from triton_fa.kernels.combine import combine_kernel
 from triton_fa.kernels.compat import INTERPRETED
 from triton_fa.kernels.decode import decode_kernel
@@ -28,20 +30,26 @@ from triton_fa.schedule.tiles import (
     decode_fits,
     decode_panels,
     decode_programs,
-    decode_tile,
+    latent_tile,
     next_power_of_2,
-    prefill_tile,
 )
-from triton_fa.spec import AttnSpec, Bounds, metadata_entries, moving_positions
+from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
 LOG2E = math.log2(math.e)
+FP8_FORMATS = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.float8_e5m2: "e5m2",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
+    torch.float8_e5m2fnuz: "e5m2fnuz",
+}
 REGISTERS_PER_SM = 65536
 INVARIANT_CHUNK = 512
 INVARIANT_PIECES = 64
 PLAN_BELOW = 0.8
 """The prefill path is planned where that leaves less than this of the unplanned programs."""
 MAX_DECODE_ROWS = 64
-"""A sequence with at most this many query rows per kv head belongs to the decode path."""
+"""A sequence with at most this many query rows per kv head belongs to the decode path, where the
+chip has tiles for so many."""
 
 POINTERS = (
     "out_ptr",
@@ -59,6 +67,11 @@ POINTERS = (
     "leftpad_ptr",
     "batch_idx_ptr",
     "sinks_ptr",
+    "qv_ptr",
+    "q_descale_ptr",
+    "k_descale_ptr",
+    "v_descale_ptr",
+    "aux_ptr",
     "plan_ptr",
     "absent",
     "k_new_ptr",
@@ -78,7 +91,7 @@ def call_tensors(
     result: AttnResult,
     part: torch.Tensor | None,
     prefill_plan: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """What `POINTERS` names up to the None for an absent descriptor.
 
     `part` and `prefill_plan` are the workspaces of the decode and the prefill path.
@@ -99,6 +112,11 @@ def call_tensors(
         tensors.cache_leftpad,
         tensors.cache_batch_idx,
         tensors.sinks,
+        tensors.qv,
+        tensors.q_descale,
+        tensors.k_descale,
+        tensors.v_descale,
+        tensors.aux,
         tensors.scheduler_metadata if prefill_plan is None else prefill_plan,
         None,
     )
@@ -106,7 +124,7 @@ def call_tensors(
 
 def append_tensors(
     tensors: Tensors, append: Append, turned: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """What `POINTERS` names, for the append kernel; `turned` is where q goes if it is rotated."""
     return (
         *call_tensors(tensors, AttnResult(tensors.q, None), None, None),
@@ -158,12 +176,13 @@ class PlannedLaunch:
 
     def _pointer(self, name: str, given: tuple[torch.Tensor | None, ...]) -> Any:
         if name in POINTERS:
-            return given[POINTERS.index(name)]
+            return _as_bytes(given[POINTERS.index(name)])
         if self.key_box is None:
             return None
         keys, *dims = self.key_box
         which = ("k_desc", "v_desc").index(name)
-        return _descriptor(given[POINTERS.index(("k_ptr", "v_ptr")[which])], keys, dims[which])
+        tensor = _as_bytes(given[POINTERS.index(("k_ptr", "v_ptr")[which])])
+        return _descriptor(tensor, keys, dims[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +190,7 @@ class Plan:
     """The launches of one call, in order, and the workspaces they share."""
 
     launches: tuple[PlannedLaunch, ...]
-    partial_floats: int  # partial results of the decode path
+    partial_floats: int  # partial results of the decode path, behind them Hopper's tile counter
     plan_entries: int  # int32 entries of the prefill path's plan; 0 where it needs none
 
 
@@ -183,18 +202,23 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     """
     spec, bounds = problem.spec, problem.bounds
     most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
+    common = _common(problem) | _from_fp8(spec, device)
+    if problem.tensors.qv is not None:
+        rows = latent_rows(spec, most_rows)
+        latent, floats = _decode(problem, device, rows, common, -(-most_rows // rows))
+        return Plan(latent, floats, 0)
     rows = decode_rows(spec, device, most_rows, varlen_q=problem.tensors.seqused_q is not None)
-    common = _common(problem)
-    launches: tuple[PlannedLaunch, ...] = ()
+    prefill: tuple[PlannedLaunch, ...] = ()
+    decode: tuple[PlannedLaunch, ...] = ()
     partial_floats = plan_entries = 0
-    if most_rows > rows or not rows:
-        prefill = _prefill(problem, device, rows, most_rows, common)
-        launches += prefill
-        plan_entries = metadata_entries(bounds.batch) if len(prefill) > 1 else 0
     if rows:
         decode, partial_floats = _decode(problem, device, rows, common)
-        launches += decode
-    return Plan(launches, partial_floats, plan_entries)
+    if most_rows > rows or not rows:
+        prefill, counters = _prefill(problem, device, rows, most_rows, common, partial_floats)
+        partial_floats += counters
+        if any(step.kernel is schedule_kernel for step in prefill):
+            plan_entries = metadata_entries(bounds.batch)
+    return Plan(prefill + decode, partial_floats, plan_entries)
 
 
 def decode_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, *, varlen_q: bool) -> int:
@@ -203,24 +227,36 @@ def decode_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, *, varlen_q
     `most_rows` bounds the rows of one sequence per kv head; with `varlen_q`, or packed queries,
     sequences may have fewer.
     """
-    rows = _wanted_rows(spec, most_rows, varlen_q)
+    rows = _wanted_rows(spec, device, most_rows, varlen_q)
     return rows if rows and decode_fits(spec, device, rows) else 0
 
 
-def _wanted_rows(spec: AttnSpec, most_rows: int, varlen_q: bool) -> int:
+def latent_rows(spec: AttnSpec, most_rows: int) -> int:
+    """Rows of a lane of the decode kernel where values are scored, too.
+
+    Such calls are on the decode path whole; the rows of a kv head fill as many lanes as they need.
+    """
+    if spec.batch_invariant:  # whatever the bound
+        most_rows = spec.q_heads_per_kv
+    # Accumulators 512 wide: more rows have to spill, and larger products don't pipeline.
+    return 16 if most_rows <= 16 else 32
+
+
+def _wanted_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, varlen_q: bool) -> int:
     group = spec.q_heads_per_kv
     if spec.batch_invariant:
         # The path of a row must not depend on how long its neighbours may be.
         return max(16, next_power_of_2(group)) if group <= 128 else 0
-    if most_rows <= MAX_DECODE_ROWS:
+    limit = next(n for n in (MAX_DECODE_ROWS, 32, 16) if decode_fits(spec, device, n))
+    if most_rows <= limit:
         return next_power_of_2(most_rows)
     if spec.num_splits == 1:
         return 0  # unsplit rows are what the prefill kernel computes
     if spec.query_layout == "dense" and not varlen_q:
         return 0 if group != most_rows or most_rows > 128 else 128
-    if group > MAX_DECODE_ROWS:
+    if group > limit:
         return 128 if group <= 128 else 0
-    return MAX_DECODE_ROWS
+    return limit
 
 
 def _chunking(spec: AttnSpec, block_n: int) -> tuple[int | None, int | None]:
@@ -274,6 +310,8 @@ def _common(problem: Problem) -> dict[str, Any]:
         **_strides("q", tensors.q, packed_q),
         **_strides("k", tensors.k, packed_k),
         **_strides("v", tensors.v, packed_k),
+        **_strides("qv", tensors.q if tensors.qv is None else tensors.qv, packed_q),
+        **_descale_strides(tensors),
         "table_stride": 0 if tensors.page_table is None else tensors.page_table.stride(0),
         "batch": bounds.batch,
         "total_q": bounds.total_q,
@@ -294,9 +332,31 @@ def _common(problem: Problem) -> dict[str, Any]:
         "HAS_SOFTCAP": spec.softcap > 0,
         "HAS_LSE": problem.return_lse,
         "NEGATE": spec.softmax_scale < 0,
+        "ONLY_QV": "only_qv" in spec.features,
+        "SCORE_MOD": spec.score_mod,
+        "MASK_MOD": spec.mask_mod,
+        "Q_FORMAT": FP8_FORMATS.get(spec.dtype, ""),
+        "KEY_FORMAT": FP8_FORMATS.get(spec.kv_dtype, ""),
         "IEEE": spec.dtype == torch.float32,
         "INTERPRETED": INTERPRETED,
     }
+
+
+def _descale_strides(tensors: Tensors) -> dict[str, int]:
+    strides: dict[str, int] = {}
+    for name in ("q_descale", "k_descale", "v_descale"):
+        tensor = getattr(tensors, name)
+        given = (0, 0) if tensor is None else tensor.stride()
+        strides |= {f"{name}_stride_b": given[0], f"{name}_stride_h": given[1]}
+    return strides
+
+
+def _from_fp8(spec: AttnSpec, device: DeviceFacts) -> dict[str, str]:
+    """How keys and values become float16, see `primitives.from_fp8`."""
+    hardware = device.kind == "cuda" and device.arch >= (8, 9)
+    if spec.kv_dtype != torch.float8_e4m3fn or not hardware or INTERPRETED:
+        return {"K_FROM_FP8": "bits", "V_FROM_FP8": "bits"}
+    return {"K_FROM_FP8": "cast", "V_FROM_FP8": "packed"}
 
 
 def _windows(spec: AttnSpec, max_seqlen_k: int, max_seqlen_q: int) -> dict[str, int | None]:
@@ -329,26 +389,39 @@ def _block_b(batch: int) -> int:
 
 
 def _decode(
-    problem: Problem, device: DeviceFacts, rows: int, common: dict[str, Any]
+    problem: Problem,
+    device: DeviceFacts,
+    rows: int,
+    common: dict[str, Any],
+    row_blocks: int = 1,
 ) -> tuple[tuple[PlannedLaunch, ...], int]:
-    """The attention and the merge launch of the decode path, and their workspace."""
+    """The attention and the merge launch of the decode path, and their workspace.
+
+    The query rows of a kv head are `row_blocks` times `rows`, each block a lane of its own.
+    """
     spec, bounds = problem.spec, problem.bounds
-    tile = decode_tile(spec, device, rows)
+    tile = (
+        latent_tile(spec, device, rows)
+        if "qv" in spec.features
+        else decode_tile(spec, device, rows)
+    )
     smallest_chunk, most_pieces = _chunking(spec, tile.block_n)
-    programs = decode_programs(device, tile, spec.num_heads_kv, bounds.batch, spec.sm_margin)
+    lanes = spec.num_heads_kv * row_blocks
+    programs = decode_programs(device, tile, lanes, bounds.batch, spec.sm_margin)
     slots = 2 * programs
     if smallest_chunk and most_pieces:
-        programs = max(1, programs // spec.num_heads_kv) * spec.num_heads_kv
+        programs = max(1, programs // lanes) * lanes
         tiles = -(-common["total_k"] // tile.block_n)
-        slots = min(most_pieces, -(-tiles // smallest_chunk)) * bounds.batch * spec.num_heads_kv
+        slots = min(most_pieces, -(-tiles // smallest_chunk)) * bounds.batch * lanes
     d0, d1 = decode_panels(spec.head_dim, rows)
     v0, v1 = decode_panels(spec.head_dim_v, rows)
     # Programmatic dependent launch: the merge starts while the attention kernel still runs.
     pdl = device.kind == "cuda" and device.arch >= (9, 0)
     shared = {
         "programs": programs,
-        "HEADS_DIVIDE": programs % spec.num_heads_kv == 0,
-        "MAX_ROWS": rows,
+        "ROW_BLOCKS": row_blocks,
+        "LANES_DIVIDE": programs % lanes == 0,
+        "MAX_ROWS": rows * row_blocks,
         "ROWS": rows,
         "BLOCK_N": tile.block_n,
         "BLOCK_B": _block_b(bounds.batch),
@@ -373,15 +446,15 @@ def _decode(
             ONE_TOKEN=bounds.max_seqlen_q == 1,
             SAME_STRIDES=problem.tensors.k.stride() == problem.tensors.v.stride(),
             WIDE_SLOTS=_wide_slots(problem),
-            LAZY_MASK=rows > 16,
+            LAZY_MASK=rows > 16 or spec.kv_dtype in FP8_FORMATS,
         ),
         _decode_options(tile, device),
     )
     if most_pieces == 1:
         return (attend,), 0
-    pieces = most_pieces or programs // spec.num_heads_kv // bounds.batch + 2
+    pieces = most_pieces or programs // lanes // bounds.batch + 2
     block_p, block_r, warps = _merge_shape(pieces, spec, rows)
-    merge_programs = bounds.batch * spec.num_heads_kv if most_pieces else programs
+    merge_programs = bounds.batch * lanes if most_pieces else programs
     merge = PlannedLaunch(
         combine_kernel,
         (merge_programs, rows // block_r, 1),
@@ -425,6 +498,7 @@ def _merge_shape(pieces: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]
     if rows > 16 and pieces <= 8:
         block_p = 8
     width = next_power_of_2(sum(decode_panels(spec.head_dim_v, rows)))
+    block_p = min(block_p, 4096 * warps // width)
     return block_p, max(1, min(rows, 4096 * warps // (block_p * width))), warps
 
 
@@ -434,17 +508,21 @@ def _prefill(
     rows_of_decode: int,
     most_rows: int,
     common: dict[str, Any],
-) -> tuple[PlannedLaunch, ...]:
-    """The launch of the prefill path, behind the one that plans it where nobody has.
+    partial_floats: int,
+) -> tuple[tuple[PlannedLaunch, ...], int]:
+    """The launch of the prefill path, behind the one that plans it where nobody has; and what it
+    needs of the workspace behind that of the decode path.
 
     It is planned where sequences may differ much: then most programs would find no tile.
     """
     spec, bounds = problem.spec, problem.bounds
     # Batch-invariant: the tile must not depend on how long neighbours may be either.
     tile = prefill_tile(spec, device, 2**31 if spec.batch_invariant else most_rows)
-    row_tiles = -(-most_rows // tile.block_m)
+    on_hopper = hopper_plans.tile(problem, device)
+    block_m = on_hopper.block_m * spec.q_heads_per_kv if on_hopper else tile.block_m
+    row_tiles = -(-most_rows // block_m)
     tiles = row_tiles * bounds.batch
-    planned_tiles = bounds.total_q * spec.q_heads_per_kv // tile.block_m + bounds.batch
+    planned_tiles = bounds.total_q * spec.q_heads_per_kv // block_m + bounds.batch
     launches: tuple[PlannedLaunch, ...] = ()
     is_planned = spec.query_layout == "packed" and planned_tiles < PLAN_BELOW * tiles
     if is_planned:
@@ -460,6 +538,22 @@ def _prefill(
             tensors.cache_leftpad,
         )
         launches += (schedule(spec, bounds, lengths, device, total_k=common["total_k"]),)
+    if on_hopper:
+        steps, counters = hopper_plans.launches(
+            problem,
+            device,
+            on_hopper,
+            common,
+            entries=tiles,
+            counter_offset=partial_floats,
+            segment=metadata_entries(bounds.batch) // 4,
+            num_row_tiles=row_tiles,
+            DECODE_ROWS=rows_of_decode,
+            PLANNED=is_planned,
+            BLOCK_B=_block_b(bounds.batch) if is_planned else 0,
+            ORDERED=is_planned and bounds.batch <= _block_b(bounds.batch),
+        )
+        return (*launches, *(PlannedLaunch(*step) for step in steps)), counters
     block_d = max(16, next_power_of_2(spec.head_dim))
     block_dv = max(16, next_power_of_2(spec.head_dim_v))
     prefill = PlannedLaunch(
@@ -483,7 +577,7 @@ def _prefill(
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
     )
-    return (*launches, prefill)
+    return (*launches, prefill), 0
 
 
 def schedule(
@@ -542,7 +636,7 @@ def append(problem: Problem, new: Append) -> PlannedLaunch:
         NUM_HEADS_Q=spec.num_heads_q,
         ROTARY_DIM=spec.rotary_dim,
         INTERLEAVED=spec.rotary_interleaved,
-        MOVING=moving_positions(spec, bounds),
+        MOVING=spec.rotary_moving,
         BLOCK_T=block_t,
         BLOCK_D=next_power_of_2(spec.head_dim),
         BLOCK_DV=next_power_of_2(spec.head_dim_v),
@@ -552,11 +646,20 @@ def append(problem: Problem, new: Append) -> PlannedLaunch:
     return PlannedLaunch(append_kernel, (programs, 1, 1), values, {"num_warps": 4})
 
 
+def _as_bytes(tensor: Any) -> Any:
+    """Kernels take float8 numbers as bytes, so that every chip compiles them."""
+    if isinstance(tensor, torch.Tensor) and tensor.dtype in FP8_FORMATS:
+        return tensor.view(torch.uint8)
+    return tensor
+
+
 def _describable(problem: Problem, device: DeviceFacts, tile: PrefillTile) -> bool:
     """Whether keys and values can be read through tensor descriptors (Hopper's TMA)."""
     spec = problem.spec
     if INTERPRETED or device.kind != "cuda" or device.arch < (9, 0):
         return False
+    if spec.dtype == torch.float32:
+        return False  # multiply-adds read their swizzled blocks in pieces, for which registers lack
     if spec.key_layout == "paged" and spec.page_size % tile.block_n:
         return False
     for tensor in (problem.tensors.k, problem.tensors.v):

@@ -22,11 +22,16 @@ from triton_fa.kernels.primitives import (
     cache_row,
     dot,
     finish,
+    from_fp8,
     key_span,
+    largest,
     left_padding,
+    masked_by,
     page_ids,
+    power_above,
     query_span,
     row_tiles,
+    scored_by,
     seen_keys,
     softcapped,
     visible_keys,
@@ -148,7 +153,7 @@ def load_keys(
             return tl.load(
                 base_ptr + rows[:, None] + dims[None, :],
                 mask=(dims < head_dim)[None, :],
-                other=0.0,
+                other=0,
             )
         else:
             return tl.load(base_ptr + rows[:, None] + dims[None, :])
@@ -159,15 +164,25 @@ def masked_scores(
     raw,
     start,
     row_range,  # first key and one past the last key that each row sees
+    cells,  # see `scored_by`; the keys' place holds the padding
     scale_log2,
     softcap_log2,
     BLOCK_N: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    MASK_MOD: tl.constexpr,
     MASKED: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """Scores of the block of keys at `start`: raw, or with a softcap in base 2; masked -inf."""
+    """Scores of the block of keys at `start`: raw, or in base 2 if changed; masked -inf."""
+    if SCORE_MOD is not None or MASK_MOD is not None:
+        keys = (start + tl.arange(0, BLOCK_N) - cells[3])[None, :]
+        cells = (cells[0], cells[1], cells[2], keys, cells[4], cells[5], cells[6])
+    if SCORE_MOD is not None:
+        raw = scored_by(SCORE_MOD, raw, scale_log2, cells)
+    if MASK_MOD is not None:
+        raw = masked_by(MASK_MOD, raw, cells)
     if HAS_SOFTCAP:
         raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
     if MASKED:
@@ -180,9 +195,9 @@ def masked_scores(
 
 
 @triton.jit
-def softmax_step(raw, row_max, row_sum, scale_log2, HAS_SOFTCAP: tl.constexpr):
+def softmax_step(raw, row_max, row_sum, scale_log2, IN_BASE_2: tl.constexpr):
     """(weights, factor for what was summed before, new row maximum, new row sum)."""
-    if HAS_SOFTCAP:
+    if IN_BASE_2:
         new_max = tl.maximum(row_max, tl.max(raw, 1))
         prob = tl.exp2(raw - new_max[:, None])
     else:
@@ -197,9 +212,11 @@ def softmax_step(raw, row_max, row_sum, scale_log2, HAS_SOFTCAP: tl.constexpr):
 def attend_blocks(
     state,  # (row maximum, row sum, accumulator) of each half of the rows
     queries,  # the rows' halves; None for the second if there is one only
+    row_scales,  # factors of the halves' scores, or None
     begin,
     end,
     row_ranges,  # of each half
+    row_cells,  # what the caller's functions are told of each half
     live_keys,  # first and last key that any row of the tile sees
     keys,  # (descriptor, pointer, strides) of K
     values,  # and of V
@@ -218,7 +235,12 @@ def attend_blocks(
     HAS_FIRST: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    MASK_MOD: tl.constexpr,
     MASKED: tl.constexpr,
+    KEY_FORMAT: tl.constexpr,
+    K_FROM_FP8: tl.constexpr,
+    V_FROM_FP8: tl.constexpr,
     IEEE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -227,6 +249,7 @@ def attend_blocks(
     With two halves, the products of one run while the softmax of the other does.
     """
     row_max0, row_sum0, acc0, row_max1, row_sum1, acc1 = state
+    IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
     PAGED: tl.constexpr = paging[0] is not None
     TMA: tl.constexpr = keys[0] is not None
     TWO: tl.constexpr = queries[1] is not None
@@ -266,6 +289,8 @@ def attend_blocks(
             PAGED,
             MASKED,
         )
+        k = from_fp8(k, KEY_FORMAT, K_FROM_FP8)
+        v = from_fp8(v, KEY_FORMAT, V_FROM_FP8)
         if MASKED and TMA:
             # Unused rows may hold NaN, and 0 * NaN is not 0.
             token = start + tl.arange(0, BLOCK_N)
@@ -276,20 +301,27 @@ def attend_blocks(
         raw0 = dot(queries[0], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
         if TWO:
             raw1 = dot(queries[1], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
+            if row_scales[1] is not None:
+                raw1 *= row_scales[1][:, None]
+        if row_scales[0] is not None:
+            raw0 *= row_scales[0][:, None]
         raw0 = masked_scores(
             raw0,
             start,
             row_ranges[0],
+            row_cells[0],
             scale_log2,
             softcap_log2,
             BLOCK_N,
             HAS_FIRST,
             HAS_SOFTCAP,
+            SCORE_MOD,
+            MASK_MOD,
             MASKED,
             IEEE,
         )
         prob0, alpha0, row_max0, row_sum0 = softmax_step(
-            raw0, row_max0, row_sum0, scale_log2, HAS_SOFTCAP
+            raw0, row_max0, row_sum0, scale_log2, IN_BASE_2
         )
         acc0 = dot(prob0.to(v.dtype), v, acc0 * alpha0[:, None], IEEE, INTERPRETED)
         if TWO:
@@ -297,16 +329,19 @@ def attend_blocks(
                 raw1,
                 start,
                 row_ranges[1],
+                row_cells[1],
                 scale_log2,
                 softcap_log2,
                 BLOCK_N,
                 HAS_FIRST,
                 HAS_SOFTCAP,
+                SCORE_MOD,
+                MASK_MOD,
                 MASKED,
                 IEEE,
             )
             prob1, alpha1, row_max1, row_sum1 = softmax_step(
-                raw1, row_max1, row_sum1, scale_log2, HAS_SOFTCAP
+                raw1, row_max1, row_sum1, scale_log2, IN_BASE_2
             )
             acc1 = dot(prob1.to(v.dtype), v, acc1 * alpha1[:, None], IEEE, INTERPRETED)
         if PAGED:
@@ -333,8 +368,18 @@ def load_rows(base, rows, num_rows, GROUP: tl.constexpr, DIM: tl.constexpr, BLOC
     pointers, mask = row_view(base, rows, num_rows, GROUP)
     dims = tl.arange(0, BLOCK)
     return tl.load(
-        pointers[:, None] + dims[None, :], mask=mask[:, None] & (dims < DIM)[None, :], other=0.0
+        pointers[:, None] + dims[None, :], mask=mask[:, None] & (dims < DIM)[None, :], other=0
     )
+
+
+@triton.jit
+def halved(q, factor):
+    """float16 rows, and what their scores are multiplied by: `factor`, and what they lost."""
+    if q.dtype == tl.bfloat16:
+        power = power_above(largest(q))
+        return (q.to(tl.float32) / power[:, None]).to(tl.float16), power * factor
+    else:
+        return q, tl.zeros([q.shape[0]], tl.float32) + factor
 
 
 @triton.jit
@@ -390,6 +435,10 @@ def prefill_kernel(
     leftpad_ptr,
     batch_idx_ptr,
     sinks_ptr,
+    q_descale_ptr,  # [batch, heads_kv] float32, as the two below
+    k_descale_ptr,
+    v_descale_ptr,
+    aux_ptr,  # a tuple of pointers for the functions below, or None
     plan_ptr,
     out_stride_b,
     out_stride_t,
@@ -406,6 +455,12 @@ def prefill_kernel(
     v_stride_b,
     v_stride_t,
     v_stride_h,
+    q_descale_stride_b,
+    q_descale_stride_h,
+    k_descale_stride_b,
+    k_descale_stride_h,
+    v_descale_stride_b,
+    v_descale_stride_h,
     table_stride,
     batch,
     segment,
@@ -440,6 +495,12 @@ def prefill_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     NEGATE: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    MASK_MOD: tl.constexpr,
+    Q_FORMAT: tl.constexpr,
+    KEY_FORMAT: tl.constexpr,
+    K_FROM_FP8: tl.constexpr,
+    V_FROM_FP8: tl.constexpr,
     IEEE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -526,14 +587,51 @@ def prefill_kernel(
         )
         rows0 = first_row + tl.arange(0, BLOCK_H)
         q0 = load_rows(q_base, rows0, num_rows, GROUP, HEAD_DIM, BLOCK_D)
+        q0 = from_fp8(q0, Q_FORMAT, "bits")
         if NEGATE:
             q0 = -q0
+        row_scales = (None, None)
+        seen = seqlen_k - padding
+        cells0 = (
+            seq_idx,
+            (head * GROUP + rows0 % GROUP)[:, None],
+            (rows0 // GROUP)[:, None],
+            padding,
+            seqlen_q,
+            seen,
+            aux_ptr,
+        )
+        row_cells = (cells0, cells0)
+        if KEY_FORMAT != "":
+            factor = 1.0
+            if q_descale_ptr is not None:
+                cell = seq_idx.to(tl.int64) * q_descale_stride_b + head * q_descale_stride_h
+                factor *= tl.load(q_descale_ptr + cell)
+            if k_descale_ptr is not None:
+                cell = seq_idx.to(tl.int64) * k_descale_stride_b + head * k_descale_stride_h
+                factor *= tl.load(k_descale_ptr + cell)
+            q0, scale0 = halved(q0, factor)
+            row_scales = (scale0, None)
         if HALVES == 2:
             rows1 = first_row + BLOCK_H + tl.arange(0, BLOCK_H)
             q1 = load_rows(q_base, rows1, num_rows, GROUP, HEAD_DIM, BLOCK_D)
+            q1 = from_fp8(q1, Q_FORMAT, "bits")
             if NEGATE:
                 q1 = -q1
+            if KEY_FORMAT != "":
+                q1, scale1 = halved(q1, factor)
+                row_scales = (scale0, scale1)
             queries = (q0, q1)
+            cells1 = (
+                seq_idx,
+                (head * GROUP + rows1 % GROUP)[:, None],
+                (rows1 // GROUP)[:, None],
+                padding,
+                seqlen_q,
+                seen,
+                aux_ptr,
+            )
+            row_cells = (cells0, cells1)
             row_ranges = (
                 seen_keys(rows0 // GROUP, offset, padding, seqlen_k, windows),
                 seen_keys(rows1 // GROUP, offset, padding, seqlen_k, windows),
@@ -577,9 +675,11 @@ def prefill_kernel(
             state = attend_blocks(
                 state,
                 queries,
+                row_scales,
                 begin,
                 full_begin,
                 row_ranges,
+                row_cells,
                 live_keys,
                 keys,
                 values,
@@ -598,16 +698,23 @@ def prefill_kernel(
                 HAS_FIRST,
                 PADDED,
                 HAS_SOFTCAP,
+                SCORE_MOD,
+                MASK_MOD,
                 True,
+                KEY_FORMAT,
+                K_FROM_FP8,
+                V_FROM_FP8,
                 IEEE,
                 INTERPRETED,
             )
         state = attend_blocks(
             state,
             queries,
+            row_scales,
             full_begin,
             full_end,
             row_ranges,
+            row_cells,
             live_keys,
             keys,
             values,
@@ -626,16 +733,23 @@ def prefill_kernel(
             HAS_FIRST,
             PADDED,
             HAS_SOFTCAP,
+            SCORE_MOD,
+            MASK_MOD,
             False,
+            KEY_FORMAT,
+            K_FROM_FP8,
+            V_FROM_FP8,
             IEEE,
             INTERPRETED,
         )
         state = attend_blocks(
             state,
             queries,
+            row_scales,
             full_end,
             stop,
             row_ranges,
+            row_cells,
             live_keys,
             keys,
             values,
@@ -654,7 +768,12 @@ def prefill_kernel(
             HAS_FIRST,
             PADDED,
             HAS_SOFTCAP,
+            SCORE_MOD,
+            MASK_MOD,
             True,
+            KEY_FORMAT,
+            K_FROM_FP8,
+            V_FROM_FP8,
             IEEE,
             INTERPRETED,
         )
@@ -676,6 +795,10 @@ def prefill_kernel(
                 lse_stride_t,
                 lse_stride_h,
             )
+        v_factor = 1.0
+        if v_descale_ptr is not None:
+            cell = seq_idx.to(tl.int64) * v_descale_stride_b + head * v_descale_stride_h
+            v_factor = tl.load(v_descale_ptr + cell)
         sinks = sinks_ptr
         if sinks_ptr is not None:
             sinks = sinks_ptr + head * GROUP
@@ -687,7 +810,7 @@ def prefill_kernel(
             num_rows,
             state[0],
             state[1],
-            state[2],
+            state[2] if v_descale_ptr is None else state[2] * v_factor,
             GROUP,
             HEAD_DIM_V,
             BLOCK_DV,
@@ -702,7 +825,7 @@ def prefill_kernel(
                 num_rows,
                 state[3],
                 state[4],
-                state[5],
+                state[5] if v_descale_ptr is None else state[5] * v_factor,
                 GROUP,
                 HEAD_DIM_V,
                 BLOCK_DV,

@@ -188,6 +188,65 @@ def page_ids(page_table_ptr, row_offset, token, num_pages, mask, PAGE_SIZE: tl.c
 
 
 @triton.jit
+def from_fp8(x, FORMAT: tl.constexpr, BY: tl.constexpr):
+    """float16 of float8 numbers given as bytes: all formats fit exactly.
+
+    BY "bits" needs no hardware for it. For e4m3 there are two more: "cast" leaves it to the
+    compiler, which moves a cast behind a change of layout and may gather byte by byte then;
+    "packed" converts in the layout that was loaded.
+    """
+    if FORMAT == "":
+        return x
+    elif BY == "cast":
+        return x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    elif BY == "packed":
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=False,
+            pack=4,
+        )
+    else:
+        # Exponents of 4 bits need another bias; a multiplication also gets subnormals right.
+        wide = x.to(tl.int16)
+        if FORMAT == "e5m2":
+            half = (wide << 8).to(tl.float16, bitcast=True)
+        elif FORMAT == "e5m2fnuz":
+            single = (x.to(tl.int32) & 0x80) << 24 | (x.to(tl.int32) & 0x7F) << 21
+            half = (single.to(tl.float32, bitcast=True) * 2596148429267413814265248164610048.0).to(
+                tl.float16
+            )
+        else:
+            same = ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True)
+            half = same * (256.0 if FORMAT == "e4m3" else 128.0)
+            half = half.to(tl.float16)
+        if FORMAT == "e4m3":
+            half = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
+        elif FORMAT == "e4m3fnuz" or FORMAT == "e5m2fnuz":
+            half = tl.where((wide & 0xFF) == 0x80, float("nan"), half)
+        return half
+
+
+@triton.jit
+def largest(q):
+    """The largest absolute value of each row."""
+    return tl.max(tl.abs(q.to(tl.float32)), 1)
+
+
+@triton.jit
+def power_above(top):
+    """The power of two from `top` on; 1 for 0. What bfloat16 queries are divided by.
+
+    Beside float8 keys they are computed with as float16, which holds their digits, not their range.
+    """
+    power = (top.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+    return tl.where(top > 0, power.to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
 def dot(a, b, acc, IEEE: tl.constexpr, INTERPRETED: tl.constexpr):
     """acc + a @ b in float32."""
     if INTERPRETED:
@@ -215,6 +274,33 @@ def softcapped(raw, scale_log2, softcap_log2, PRECISE: tl.constexpr):
         series = x * (1.0 + x2 * (-0.3333333333333333 + x2 * (0.13333333333333333 + x2 * series)))
         tanh = tl.where(x2 < 0.09, series, tanh)
     return softcap_log2 * tanh
+
+
+@triton.jit
+def scored_by(SCORE_MOD: tl.constexpr, raw, scale_log2, cells):
+    """The caller's function of the scaled scores, in base 2.
+
+    `cells` is (sequence, query head, query token, key, query length, key length, aux pointers);
+    the three in the middle broadcast to the block of scores.
+    """
+    score = SCORE_MOD(
+        raw * (scale_log2 * LN2),
+        cells[0],
+        cells[1],
+        cells[2],
+        cells[3],
+        cells[4],
+        cells[5],
+        cells[6],
+    )
+    return score * LOG2E
+
+
+@triton.jit
+def masked_by(MASK_MOD: tl.constexpr, raw, cells):
+    """Scores that the caller's function does not keep become -inf."""
+    keep = MASK_MOD(cells[0], cells[1], cells[2], cells[3], cells[4], cells[5], cells[6])
+    return tl.where(keep, raw, NEG_INF)
 
 
 @triton.jit

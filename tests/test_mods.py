@@ -1,0 +1,230 @@
+"""score_mod and mask_mod: functions of the caller's inside the kernels, and examples of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import triton_fa
+from triton_fa import ArgumentError, ArgumentTypeError, UnsupportedError
+from triton_fa.device import runs_triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.skipif(
+    not runs_triton(DEVICE), reason="needs a GPU or Triton's interpreter"
+)
+Grid = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@triton.jit
+def alibi(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """A slope for each head times the distance."""
+    distance = q_idx + seqlen_k - seqlen_q - kv_idx
+    return score - tl.load(aux[0] + head) * tl.abs(distance)
+
+
+@triton.jit
+def capped(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """softcap=2 spelled out."""
+    twice = tl.exp2(score * 1.4426950408889634)
+    return 2.0 * (1.0 - 2.0 / (1.0 + twice))
+
+
+@triton.jit
+def causal_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return kv_idx <= q_idx + seqlen_k - seqlen_q
+
+
+@triton.jit
+def prefix_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """Causal, but the first aux[0][batch] keys are seen by all."""
+    return (kv_idx <= q_idx + seqlen_k - seqlen_q) | (kv_idx < tl.load(aux[0] + batch))
+
+
+@triton.jit
+def document_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """Tokens of one document see each other; aux[0] numbers the documents of up to 128 tokens."""
+    position = q_idx + seqlen_k - seqlen_q
+    mine = tl.load(aux[0] + batch * 128 + tl.minimum(position, 127))
+    return mine == tl.load(aux[0] + batch * 128 + tl.minimum(kv_idx, 127))
+
+
+@triton.jit
+def tree_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """Draft tokens see all of the cache and their ancestors: aux[0] is (drafts, drafts) of 0, 1."""
+    draft = kv_idx - (seqlen_k - seqlen_q)
+    cell = q_idx * seqlen_q + tl.minimum(tl.maximum(draft, 0), seqlen_q - 1)
+    return (draft < 0) | (tl.load(aux[0] + cell) != 0)
+
+
+class Batch:
+    """Paged sequences in float16, and what they should give."""
+
+    def __init__(self, lengths: tuple[int, ...], q_lens: tuple[int, ...]) -> None:
+        rng = torch.Generator().manual_seed(0)
+        self.lengths, self.q_lens = lengths, q_lens
+        self.q = torch.randn(sum(q_lens), 4, 32, generator=rng).half()
+        self.table = torch.randperm(len(lengths) * 16, generator=rng).view(-1, 16).int()
+        self.k, self.v = torch.randn(2, len(lengths) * 16, 8, 2, 32, generator=rng).half()
+
+    def call(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        given: dict[str, Any] = {
+            "q": self.q,
+            "k_cache": self.k,
+            "v_cache": self.v,
+            "cache_seqlens": torch.tensor(self.lengths, dtype=torch.int32),
+            "page_table": self.table,
+            "cu_seqlens_q": torch.tensor([0, *self.q_lens]).cumsum(0).int(),
+            "max_seqlen_q": max(self.q_lens),
+            "return_softmax_lse": True,
+            "ver": "triton",
+        } | options
+        there = {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in given.items()}
+        if "aux_tensors" in there:
+            there["aux_tensors"] = [
+                x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in there["aux_tensors"]
+            ]
+        out, lse = triton_fa.flash_attn_with_kvcache(**there)
+        return out.cpu(), lse.cpu()
+
+    def expected(self, change: Any = None, keep: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`change(score, batch, head, position, key)` and `keep(batch, position, key)`."""
+        outs, lses, first = [], [], 0
+        for i, (length, rows) in enumerate(zip(self.lengths, self.q_lens, strict=True)):
+            token = torch.arange(length)
+            pages = self.table[i].long()[token // 8]
+            k, v = (c[pages, token % 8].double().repeat_interleave(2, 1) for c in (self.k, self.v))
+            q = self.q[first : first + rows].double()
+            first += rows
+            scores = torch.einsum("qhd,khd->hqk", q, k) * 32**-0.5
+            position = (torch.arange(rows) + length - rows)[:, None]
+            if change:
+                scores = change(scores, i, torch.arange(4)[:, None, None], position, token[None])
+            if keep:
+                scores = scores.masked_fill(~keep(i, position, token[None]), -math.inf)
+            lse = scores.logsumexp(-1)
+            weights = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+            outs.append(torch.einsum("hqk,khd->qhd", weights, v))
+            lses.append(lse)
+        return torch.cat(outs), torch.cat(lses, 1)
+
+
+def close(found: Any, exact: Any) -> None:
+    torch.testing.assert_close(found[0].double(), exact[0], atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(found[1].double(), exact[1], atol=1e-3, rtol=1e-3)
+
+
+BATCHES = [((37, 4, 100), (1, 1, 1)), ((37, 40, 9), (3, 40, 1))]
+
+
+@pytest.mark.parametrize(("lengths", "q_lens"), BATCHES)
+def test_alibi(lengths: tuple[int, ...], q_lens: tuple[int, ...]) -> None:
+    batch = Batch(lengths, q_lens)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+    def change(scores: torch.Tensor, _: int, head: Any, position: Any, key: Any) -> torch.Tensor:
+        return scores - slopes[head] * (position - key).abs()
+
+    options: dict[str, Any] = {"score_mod": alibi, "aux_tensors": [slopes]}
+    close(batch.call(**options), batch.expected(change))
+    causal = batch.expected(change, lambda _, position, key: key <= position)
+    close(batch.call(**options, causal=True), causal)
+    split = batch.call(**options, causal=True, num_splits=3)
+    close(split, causal)
+
+
+@pytest.mark.parametrize(("lengths", "q_lens"), BATCHES)
+def test_a_softcap_as_a_function(lengths: tuple[int, ...], q_lens: tuple[int, ...]) -> None:
+    batch = Batch(lengths, q_lens)
+    found, wanted = batch.call(score_mod=capped), batch.call(softcap=2.0)
+    close(found, tuple(x.double() for x in wanted))
+
+
+@pytest.mark.parametrize(("lengths", "q_lens"), BATCHES)
+def test_causal_as_a_function(lengths: tuple[int, ...], q_lens: tuple[int, ...]) -> None:
+    batch = Batch(lengths, q_lens)
+    found, wanted = batch.call(mask_mod=causal_mask), batch.call(causal=True)
+    close(found, tuple(x.double() for x in wanted))
+
+
+@pytest.mark.parametrize(("lengths", "q_lens"), BATCHES)
+def test_prefix_lm(lengths: tuple[int, ...], q_lens: tuple[int, ...]) -> None:
+    batch = Batch(lengths, q_lens)
+    prefix = torch.tensor([5, 30, 2], dtype=torch.int32)
+    found = batch.call(mask_mod=prefix_mask, aux_tensors=(prefix,))
+    wanted = batch.expected(keep=lambda i, position, key: (key <= position) | (key < prefix[i]))
+    close(found, wanted)
+
+
+def test_documents() -> None:
+    batch = Batch((37, 40, 100), (3, 40, 1))
+    number = (torch.arange(3 * 128).view(3, 128) % 128 // 7).int()
+    found = batch.call(mask_mod=document_mask, aux_tensors=[number])
+    close(found, batch.expected(keep=lambda i, p, key: number[i][p] == number[i][key]))
+
+
+def test_a_tree_of_drafts() -> None:
+    batch = Batch((37, 40), (4, 4))
+    sees = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]).int()
+    found = batch.call(mask_mod=tree_mask, aux_tensors=[sees])
+
+    def keep(i: int, position: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        first = batch.lengths[i] - 4
+        return (key < first) | (sees[position - first, (key - first).clamp(0)] == 1)
+
+    close(found, batch.expected(keep=keep))
+
+
+def test_a_row_without_any_key_is_empty() -> None:
+    batch = Batch((37,), (3,))
+    nowhere = torch.zeros(1, dtype=torch.int32)
+    out, lse = batch.call(mask_mod=document_mask, aux_tensors=[torch.arange(128).int()])
+    assert torch.isfinite(out).all()
+    sees = torch.zeros(3, 3, dtype=torch.int32)
+    short = Batch((3,), (3,))
+    out, lse = short.call(mask_mod=tree_mask, aux_tensors=[sees, nowhere])
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+
+
+def test_packed_keys_take_them_too() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 50, 2, 32, generator=rng).half().to(DEVICE)
+    prefix = torch.tensor([0, 20, 50], dtype=torch.int32, device=DEVICE)
+    shared = (q, k, v, prefix, prefix, 30, 30)
+    found = triton_fa.flash_attn_varlen_func(*shared, mask_mod=causal_mask, ver="triton")
+    wanted = triton_fa.flash_attn_varlen_func(*shared, causal=True, ver="triton")
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
+
+
+def test_keys_are_counted_behind_the_padding() -> None:
+    batch = Batch((37,), (3,))
+    padded = torch.tensor([6], dtype=torch.int32)
+    found = batch.call(mask_mod=causal_mask, cache_leftpad=padded)
+    wanted = batch.call(causal=True, cache_leftpad=padded)
+    close(found, tuple(x.double() for x in wanted))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"score_mod": 3}, ArgumentTypeError, "score_mod: expected a function, got int"),
+        ({"score_mod": capped, "softcap": 1.0}, ArgumentError, "score_mod.*softcap"),
+        ({"mask_mod": causal_mask, "causal": True}, ArgumentError, "mask_mod.*causal"),
+        ({"mask_mod": causal_mask, "window_size": (3, -1)}, ArgumentError, "mask_mod.*window"),
+        ({"mask_mod": causal_mask, "attention_chunk": 3}, ArgumentError, "mask_mod.*chunk"),
+        ({"aux_tensors": [torch.zeros(1)]}, ArgumentError, "aux_tensors: expected None without"),
+        ({"score_mod": alibi, "aux_tensors": [3]}, ArgumentTypeError, r"aux_tensors\[0\]"),
+        ({"score_mod": lambda *_: 0}, UnsupportedError, "score_mod: expected a @triton.jit"),
+        ({"mask_mod": causal_mask, "ver": "torch"}, UnsupportedError, "mask_mod"),
+    ],
+)
+def test_what_is_not_clear_is_refused(options: dict[str, Any], error: Any, says: str) -> None:
+    with pytest.raises(error, match=says):
+        Batch((37,), (3,)).call(**options)
