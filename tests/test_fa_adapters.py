@@ -17,7 +17,12 @@ from triton_fa import device as device_facts
 from triton_fa import env
 from triton_fa.backends import fa3, fa4
 from triton_fa.device import DeviceFacts
-from triton_fa.errors import BackendUnavailableError, UnknownVersionError, UnsupportedError
+from triton_fa.errors import (
+    ArgumentError,
+    BackendUnavailableError,
+    UnknownVersionError,
+    UnsupportedError,
+)
 
 HALF = torch.float16
 
@@ -784,7 +789,7 @@ def test_fa3_scores_values_alone(fake: Fake) -> None:
         VARLEN(**given, ver=3)
     new = {"k": half(2, 1, 1, 512), "v": half(2, 1, 1, 512)}
     given = paged(q=None, k_cache=None, v_cache=half(6, 4, 1, 512), qv=half(2, 1, 4, 512), **new)
-    with pytest.raises(UnsupportedError, match="only_qv together with k: "):
+    with pytest.raises(ArgumentError, match="k: expected None together with only_qv"):
         KVCACHE(**given, only_qv=True, ver=3)
 
 
@@ -891,6 +896,14 @@ def test_a_provider_without_the_functions_is_not_one(hopper: pytest.MonkeyPatch)
         },
     )
     assert fa3.BACKEND.detail().startswith("flash_attn_interface")
+
+
+def test_the_stand_in_of_our_own_is_not_a_provider(hopper: pytest.MonkeyPatch) -> None:
+    stand_in = sgl(Fake())
+    stand_in.__dict__["__triton_fa__"] = "triton_fa.compat.sgl_kernel"
+    provide(hopper, {"sgl_kernel.flash_attn": stand_in})
+    reason = fa3.BACKEND.unavailable(torch.device("cuda")) or ""
+    assert "is the stand-in of triton_fa.compat" in reason
 
 
 def test_every_providers_error_is_in_the_reason(hopper: pytest.MonkeyPatch) -> None:

@@ -452,9 +452,15 @@ LONG = PACKED.with_changes(
 )
 
 
+# Each pair is compiled, for some seconds.
+LONG_CASES = [("causal", *dims) for dims in DIMS]
+LONG_CASES += [(name, 128, 128) for name in FEATURES]
+LONG_CASES += [(name, 64, 64) for name in ("window-causal", "softcap", "sinks")]
+LONG_CASES += [("sinks-window", *dims) for dims in ((96, 96), (192, 128), (256, 256))]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), DIMS)
-@pytest.mark.parametrize("name", ["causal", *FEATURES])
+@pytest.mark.parametrize(("name", "head_dim", "head_dim_v"), LONG_CASES)
 def test_long_sequences(
     name: str, head_dim: int, head_dim_v: int, on_hopper: None, device: str
 ) -> None:
@@ -488,9 +494,8 @@ def test_repeats_are_bit_equal(
     first, first_lse = triton_fa.flash_attn_varlen_func(**arguments, ver="triton")
     for _ in range(300):
         out, lse = triton_fa.flash_attn_varlen_func(**arguments, ver="triton")
-        assert torch.equal(out.isnan(), first.isnan())
-        assert torch.equal(out.nan_to_num(), first.nan_to_num())
-        assert torch.equal(lse.nan_to_num(), first_lse.nan_to_num())
+        assert torch.equal(out, first)
+        assert torch.equal(lse, first_lse)
 
 
 @pytest.mark.gpu
@@ -537,6 +542,9 @@ def test_a_graph_serves_other_lengths(page_size: int, on_hopper: None) -> None:
             graph.replay()
         first_k = 0
         for seq, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if begin == end:
+                first_k += keys[seq]
+                continue
             slots = first_k + torch.arange(keys[seq], device="cuda")
             if page_size:
                 token = torch.arange(keys[seq], device="cuda")
@@ -651,6 +659,7 @@ def compiled() -> dict[str, dict[str, Any]]:
     return {each["case"]: each for each in found}
 
 
+@pytest.mark.xdist_group("hopper")  # they share what was compiled
 @pytest.mark.parametrize("case", COMPILED)
 def test_it_compiles_for_hopper(case: str, compiled: dict[str, dict[str, Any]]) -> None:
     found = compiled[case]

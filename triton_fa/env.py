@@ -1,7 +1,7 @@
 """Every environment variable: name, default, meaning. Read once, on first use; a bad value raises.
 
 None of them changes what is computed. A tuned tile may change the last bits of calls that are not
-batch-invariant.
+batch-invariant, and TRITON_FA_HOPPER those of any.
 """
 
 from __future__ import annotations

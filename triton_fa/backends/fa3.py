@@ -225,6 +225,8 @@ _LOADERS: dict[str, Callable[[], Provider]] = {
 
 
 def _provider(module: ModuleType, name: str, distributions: tuple[str, ...]) -> Provider:
+    if hasattr(module, "__triton_fa__"):
+        raise ImportError(f"{name} is the stand-in of triton_fa.compat")
     metadata = None
     if hasattr(module, "get_scheduler_metadata"):
         metadata = Function.of(module, "get_scheduler_metadata")

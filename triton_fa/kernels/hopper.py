@@ -58,6 +58,7 @@ VALUES_FREE = gl.constexpr(10)  # 10, 11: and of values
 
 WRAP = gl.constexpr(1 << 30)
 STAGES = gl.constexpr(2)  # tile i of keys, or of values, is in stage i & 1
+WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # a number in each of four warps' lanes
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # a number in each lane of one warp
 BROADCAST = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))  # eight numbers in every thread
 
@@ -182,11 +183,27 @@ def add(a, b):
 @gluon.jit
 def is_order(plan_ptr, batch, segment, BLOCK_B: gl.constexpr):
     """Whether the plan holds an order of all sequences: each one's place leads back to it."""
-    idx = gl.arange(0, BLOCK_B, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    idx = gl.arange(0, BLOCK_B, layout=WARPS)
     mask = idx < batch
     seq_idx = gl.load(plan_ptr + 2 * segment + idx, mask=mask, other=0) & 0xFFFF
     there = gl.load(plan_ptr + 2 * segment + seq_idx, mask=mask & (seq_idx < batch), other=-1)
     return gl.sum((mask & ((there >> 16) != idx)).to(gl.int32), 0) == 0
+
+
+@gluon.jit
+def query_tiles(seq_idx, mask, lengths, C: gl.constexpr):
+    """Tiles of one head of sequences. Decode counts rows, of all heads of a group."""
+    return row_tiles(seq_idx, mask, lengths, C.GROUP, C.DECODE_ROWS, C.BLOCK_M * C.GROUP)
+
+
+@gluon.jit
+def all_query_tiles(batch, lengths, C: gl.constexpr):
+    """Tiles of one head of all sequences."""
+    count = 0
+    for first in range(0, batch, C.BLOCK_B):
+        idx = first + gl.arange(0, C.BLOCK_B, layout=WARPS)
+        count += gl.sum(query_tiles(idx, idx < batch, lengths, C), 0)
+    return count
 
 
 @gluon.jit
@@ -199,8 +216,7 @@ def next_sequences(first, before, order, lengths, C: gl.constexpr):
     if C.ORDERED:
         entry = gl.load(plan_ptr + 2 * segment + idx, mask=mask & is_ordered, other=0)
         seq_idx = gl.where(mask & is_ordered, entry & 0xFFFF, idx)
-    # A tile is BLOCK_M tokens of one head; decode counts the rows of all heads of a group.
-    tiles = row_tiles(seq_idx, mask, lengths, C.GROUP, C.DECODE_ROWS, C.BLOCK_M * C.GROUP)
+    tiles = query_tiles(seq_idx, mask, lengths, C)
     return seq_idx, before + gl.associative_scan(tiles, 0, add)
 
 
@@ -401,9 +417,8 @@ def producer(given, C: gl.constexpr):
                 load(queries[0][0], ready, queries[0][2].index(c), at, live, column)
                 if C.D1:
                     load(queries[1][0], ready, queries[1][2].index(c), at, live, column + C.D0)
-        # Behind the last sequence there is nothing more, nor where every tile has a program.
         tile = tiles
-        if exists & (tiles > gl.num_programs(0)):
+        if tiles > gl.num_programs(0):  # else every tile has a program, and the counter is not 0
             tile = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
         for _j in range(1, count):  # keys one tile ahead of values
             next_pages = pages_of(key - C.BLOCK_N, end, table, C)
@@ -860,6 +875,8 @@ def hopper_kernel(
     is_ordered = False
     if C.ORDERED:
         is_ordered = is_order(plan_ptr, batch, segment, C.BLOCK_B)
+    if C.PLANNED:
+        tiles = gl.minimum(tiles, all_query_tiles(batch, lengths, C) * C.HEADS_Q)
     order = (plan_ptr, batch, segment, is_ordered)
     counter_ptr = (part_ptr + counter_offset).to(gl.pointer_type(gl.int32), bitcast=True)
     lse_strides = (lse_stride_b, lse_stride_t, lse_stride_h)

@@ -654,12 +654,16 @@ def _as_bytes(tensor: Any) -> Any:
 
 
 def _describable(problem: Problem, device: DeviceFacts, tile: PrefillTile) -> bool:
-    """Whether keys and values can be read through tensor descriptors (Hopper's TMA)."""
+    """Whether keys and values are read through tensor descriptors (TMA).
+
+    That is for products which take their operands from shared memory. Others copy the swizzled
+    blocks to registers, and need more of them than for what pointers read.
+    """
     spec = problem.spec
-    if INTERPRETED or device.kind != "cuda" or device.arch < (9, 0):
+    if INTERPRETED or device.kind != "cuda" or device.arch[0] not in (9, 10):
         return False
     if spec.dtype == torch.float32:
-        return False  # multiply-adds read their swizzled blocks in pieces, for which registers lack
+        return False
     if spec.key_layout == "paged" and spec.page_size % tile.block_n:
         return False
     for tensor in (problem.tensors.k, problem.tensors.v):

@@ -6,8 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
+from typing import TypeVar
 
 from triton_fa.device import DeviceFacts
 from triton_fa.spec import AttnSpec
@@ -85,10 +84,14 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
         (256, PrefillTile(128, 64, 8, 2)),
         (256, PrefillTile(64, 64, 4, 2)),
     ),
-    "nvidia": (
+    "ampere": (
         (64, PrefillTile(128, 64, 8, 2)),
         (128, PrefillTile(128, 32, 8, 2)),
         (128, PrefillTile(64, 64, 4, 2)),
+        (256, PrefillTile(64, 32, 8, 2)),
+        (256, PrefillTile(32, 32, 4, 1)),
+    ),
+    "ampere float8": (
         (256, PrefillTile(64, 32, 8, 2)),
         (256, PrefillTile(32, 32, 4, 1)),
     ),
@@ -119,14 +122,20 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
 """Classes of chips: pairs of the widest head a tile is for and the tile, the first choice first."""
 
 
-def _chips(device: DeviceFacts, dtype: torch.dtype) -> str:
-    """The class of chips, and of numbers, that tiles are chosen for."""
+Choices = TypeVar("Choices")
+
+
+def _choices(tables: dict[str, Choices], spec: AttnSpec, device: DeviceFacts) -> Choices:
+    """The table of a class of chips; of those for some numbers only, the narrowest."""
     if device.kind == "cpu":
-        return "cpu"
+        return tables["cpu"]
     maker = {"cuda": "nvidia", "hip": "cdna" if device.warp_size == 64 else "rdna"}[device.kind]
-    if dtype == torch.float32:
-        return f"{maker} float32"
-    return {9: "hopper", 10: "blackwell"}.get(device.arch[0], maker) if maker == "nvidia" else maker
+    # Ada, and 12.x, multiply like Ampere: from registers, with products of 16 rows.
+    chips = {9: "hopper", 10: "blackwell"}.get(device.arch[0], "ampere")
+    chips = chips if maker == "nvidia" else maker
+    numbers = {4: "float32", 2: "", 1: "float8"}[spec.kv_dtype.itemsize]
+    names = (f"{chips} {numbers}", f"{maker} {numbers}", chips)
+    return next(tables[name] for name in names if name in tables)
 
 
 def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillTile:
@@ -135,7 +144,7 @@ def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillT
     size = spec.dtype.itemsize
     # Short sequences leave fewer rows idle in the smaller tiles.
     most_rows = 64 << sum(max_rows > n for n in LONG_ROWS)
-    table = _PREFILL[_chips(device, spec.dtype)]
+    table = _choices(_PREFILL, spec, device)
     choices = [t for widest, t in table if dim <= widest and t.block_m <= most_rows]
     fitting = (c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
     return next(fitting, choices[-1])
@@ -195,7 +204,7 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (64, 256, DecodeTile(64, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 2, 1)),
     ),
-    "nvidia": (
+    "ampere": (
         (16, 64, DecodeTile(128, 4, 3, 2)),
         (64, 64, DecodeTile(64, 4, 3, 2)),
         (64, 64, DecodeTile(64, 4, 2, 1)),
@@ -224,6 +233,11 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (128, 128, DecodeTile(16, 8, 1, 1)),
         (32, 256, DecodeTile(16, 8, 1, 1)),
     ),
+    "rdna float8": (
+        (32, 128, DecodeTile(16, 8, 2, 1)),
+        (128, 128, DecodeTile(16, 8, 1, 1)),
+        (32, 256, DecodeTile(16, 8, 1, 1)),
+    ),
     "nvidia float32": (
         (16, 96, DecodeTile(32, 4, 2, 1)),
         (16, 256, DecodeTile(16, 4, 1, 1)),
@@ -246,7 +260,7 @@ def _decode_dim(spec: AttnSpec, rows: int) -> int:
 
 def _decode_choices(spec: AttnSpec, device: DeviceFacts, rows: int) -> list[DecodeTile]:
     dim = min(256, _decode_dim(spec, rows))
-    table = _DECODE[_chips(device, spec.dtype)]
+    table = _choices(_DECODE, spec, device)
     return [tile for most, widest, tile in table if rows <= most and dim <= widest]
 
 
