@@ -5,6 +5,7 @@ This is the part of ``python -m tests.portability`` that every change runs: fewe
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,11 +23,13 @@ from tests.portability.compiler import (
     Compiled,
     Step,
     compiled,
+    excused,
     faults,
     misfits,
     planned,
     planning_for,
 )
+from tests.portability.exceptions import EXCEPTIONS, Exempt
 from tests.portability.targets import TARGETS
 
 pytest.importorskip("triton")
@@ -193,6 +196,30 @@ def test_the_matrix_fails_on_faults_and_writes_its_tables(
     assert "| decode-128 | decode_kernel | 16x64 |" in table.read_text()
     (data,) = tmp_path.glob("*.json")
     assert json.loads(data.read_text())["launches"] == [dataclasses.asdict(one)]
+
+
+@pytest.mark.parametrize("exempt", EXCEPTIONS, ids=lambda e: f"{e.target} {e.case}")
+def test_an_exception_is_for_something(exempt: Exempt) -> None:
+    """And not for what decides speed on chips where it was measured."""
+    assert exempt.why
+    assert any(re.fullmatch(exempt.target, name) for name in TARGETS)
+    assert any(re.fullmatch(exempt.case, name) for name in CASES)
+    for case in UNSPILLED:
+        assert not exempt.covers("sm_90", case, "decode_kernel", "3.9.0")
+
+
+def test_an_exception_excuses_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    spills = dataclasses.replace(GOOD, local=8, in_loops=2)
+    exempt = Exempt("reason", "sm_90", "decode-128", "decode_kernel", r"3\.9.*")
+    monkeypatch.setattr("tests.portability.compiler.EXCEPTIONS", (exempt,))
+    monkeypatch.setattr("tests.portability.compiler.metadata.version", lambda name: "3.9.0")
+    assert excused(spills) == "reason"
+    assert faults(spills) == []
+    assert faults(dataclasses.replace(spills, shared=300_000)) != []
+    for other in ({"target": "sm_100"}, {"case": "decode-128-pieces"}, {"kernel": "combine"}):
+        assert faults(dataclasses.replace(spills, **other)) != []
+    monkeypatch.setattr("tests.portability.compiler.metadata.version", lambda name: "3.6.0")
+    assert faults(spills) != []
 
 
 def test_a_kernel_that_no_case_launches_is_at_fault(

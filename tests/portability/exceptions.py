@@ -27,7 +27,7 @@ class Exempt:
 EXCEPTIONS = (
     Exempt(
         "the tiles measured on an H200 (docs/log.md), which stay. With 3.6 those that read through "
-        "descriptors are clean but for windows and softcap; reads through pointers spill there, too",
+        "descriptors are clean but for windows and softcap; reads through pointers spill there",
         "sm_90",
         "(prefill|mixed)-.*",
         "prefill_kernel",
@@ -54,7 +54,7 @@ EXCEPTIONS = (
         r"3\.9.*",
     ),
     Exempt(
-        "two loads of 8 bytes; fewer keys cost more",
+        "two loads, 8 bytes a thread",
         "sm_120",
         "decode-160-rows-64",
         "decode_kernel",
