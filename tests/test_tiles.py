@@ -180,6 +180,14 @@ def test_rows_of_the_decode_path(chip: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("chip", CHIPS)
+def test_scheduler_metadata_of_values_512_wide_has_tiles_to_plan_with(chip: str) -> None:
+    problem = spec(torch.bfloat16, 64, 512)
+    assert decode_fits(problem, CHIPS[chip], 16)
+    assert decode_tile(problem, CHIPS[chip], 16).block_n >= 16
+    assert prefill_tile(problem, CHIPS[chip], 4096).block_m >= 16
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 def test_a_sequence_is_on_one_path_only(chip: str) -> None:
     """Whatever its bound: the decode path takes the rows that its tiles are for."""
     device = CHIPS[chip]

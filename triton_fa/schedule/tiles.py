@@ -145,7 +145,7 @@ def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillT
     # Short sequences leave fewer rows idle in the smaller tiles.
     most_rows = 64 << sum(max_rows > n for n in LONG_ROWS)
     table = _choices(_PREFILL, spec, device)
-    choices = [t for widest, t in table if dim <= widest and t.block_m <= most_rows]
+    choices = [t for widest, t in table if min(256, dim) <= widest and t.block_m <= most_rows]
     fitting = (c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
     return next(fitting, choices[-1])
 
