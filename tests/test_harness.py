@@ -139,10 +139,10 @@ OF_EIGHT_BITS = [
 LATENT = [
     MLA,
     MLA.with_changes(kv_dtype="float8_e4m3fn", descales="kv"),
-    MLA.with_changes(kv_dtype="float8_e4m3fn", descales="k"),
     MLA.with_changes(entry="varlen", only_qv="unread", pad_q=2),
     MLA.with_changes(only_qv="bare", softcap=15.0),
     MLA.with_changes(append="packed", seqlens_new=(2, 1, 0, 3), rotary_dim=16),
+    MLA.with_changes(kv_dtype="float8_e4m3fn", descales="k"),
 ]
 
 
