@@ -4,6 +4,7 @@ What pytest-benchmark itself times is the whole measurement of a row, set-up and
 The GPU times are in ``extra_info``, made as ``python -m bench`` makes them.
 """
 
+import os
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from bench.measure import Measurement, Outcome, measure
 from bench.timing import Flusher
 from bench.workloads import Workload
 
+os.environ["TRITON_FA_AUTOTUNE_CACHE"] = "0"  # results are of the shipped tiles
 NO_GPU = "no CUDA device: benchmarks measure nothing on a CPU"
 
 

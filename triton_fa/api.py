@@ -615,7 +615,7 @@ def get_scheduler_metadata(
     One small kernel, no host synchronisation. Pass the result as `scheduler_metadata` to every
     call with these lengths and this `ver`. FlashAttention-3 trusts it. For ver="triton" it is
     advice: ragged prefill takes the order of the sequences from it, and whatever it holds, the
-    numbers are right.
+    numbers are right. It must not be refilled while a call that was given it still runs.
 
     Args:
         batch_size: Number of sequences.

@@ -35,6 +35,7 @@ from triton_fa.kernels.primitives import (
     NO_SCORE,
     VARYING,
     cache_row,
+    divided,
     dot,
     finish,
     from_fp8,
@@ -190,7 +191,8 @@ def decode_kernel(
     PAGED: tl.constexpr = page_table_ptr is not None
     HAS_QV: tl.constexpr = qv_ptr is not None
     HAS_K: tl.constexpr = not ONLY_QV
-    FP8_KEYS: tl.constexpr = KEY_FORMAT != ""
+    # bfloat16 queries beside float8 keys are computed with as float16.
+    DIVIDES: tl.constexpr = KEY_FORMAT != "" and q_ptr.dtype.element_ty == tl.bfloat16
     HAS_MODS: tl.constexpr = SCORE_MOD is not None or MASK_MOD is not None
     COUNTS_PADDING: tl.constexpr = ATTENTION_CHUNKED or HAS_MODS
     IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
@@ -407,7 +409,7 @@ def decode_kernel(
                 if V1 > 0:
                     qv1 = load_queries(qv_base, qv_rows, vdims1, row_mask, HEAD_DIM_V, "", NEGATE)
             scale = scale_log2
-            if FP8_KEYS and q_ptr.dtype.element_ty == tl.bfloat16:
+            if DIVIDES:
                 top = tl.zeros([BLOCK_M], tl.float32)
                 if HAS_K:
                     top = tl.maximum(top, largest(q0))
@@ -419,13 +421,13 @@ def decode_kernel(
                         top = tl.maximum(top, largest(qv1))
                 power = power_above(top)
                 if HAS_K:
-                    q0 = (q0.to(tl.float32) / power[:, None]).to(tl.float16)
+                    q0 = divided(q0, power)
                     if D1 > 0:
-                        q1 = (q1.to(tl.float32) / power[:, None]).to(tl.float16)
+                        q1 = divided(q1, power)
                 if HAS_QV:
-                    qv0 = (qv0.to(tl.float32) / power[:, None]).to(tl.float16)
+                    qv0 = divided(qv0, power)
                     if V1 > 0:
-                        qv1 = (qv1.to(tl.float32) / power[:, None]).to(tl.float16)
+                        qv1 = divided(qv1, power)
                 scale = (scale_log2 * power)[:, None]
             if HAS_K:
                 k0 = load_panel(k_base, k_rows, dims0, HEAD_DIM, D1 == 0 and D0 != HEAD_DIM)
@@ -498,7 +500,7 @@ def decode_kernel(
                 prob = tl.exp2(raw - new_max[:, None])
             else:
                 # The scale is positive (the launcher folds a sign into q).
-                if FP8_KEYS and q_ptr.dtype.element_ty == tl.bfloat16:
+                if DIVIDES:
                     raw *= scale
                     new_max = tl.maximum(row_max, tl.max(raw, 1))
                     prob = tl.exp2(raw - new_max[:, None])

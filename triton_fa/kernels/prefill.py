@@ -20,6 +20,7 @@ from triton_fa.kernels.primitives import (
     NO_SCORE,
     VARYING,
     cache_row,
+    divided,
     dot,
     finish,
     from_fp8,
@@ -377,7 +378,7 @@ def halved(q, factor):
     """float16 rows, and what their scores are multiplied by: `factor`, and what they lost."""
     if q.dtype == tl.bfloat16:
         power = power_above(largest(q))
-        return (q.to(tl.float32) / power[:, None]).to(tl.float16), power * factor
+        return divided(q, power), power * factor
     else:
         return q, tl.zeros([q.shape[0]], tl.float32) + factor
 

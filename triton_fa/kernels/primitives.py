@@ -247,6 +247,12 @@ def power_above(top):
 
 
 @triton.jit
+def divided(q, power):
+    """Query rows as float16, divided by a power of two each."""
+    return (q.to(tl.float32) / power[:, None]).to(tl.float16)
+
+
+@triton.jit
 def dot(a, b, acc, IEEE: tl.constexpr, INTERPRETED: tl.constexpr):
     """acc + a @ b in float32."""
     if INTERPRETED:
