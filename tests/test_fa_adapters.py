@@ -7,10 +7,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 
 import triton_fa
 from triton_fa import device as device_facts
@@ -215,6 +217,10 @@ def cute(fake: Fake) -> types.ModuleType:
         softcap=0.0,
         num_splits=1,
         pack_gqa=None,
+        score_mod=None,
+        mask_mod=None,
+        aux_tensors=None,
+        block_sparse_tensors=None,
         return_lse=False,
     ):
         fake.calls.append(("dense", dict(locals())))
@@ -239,6 +245,10 @@ def cute(fake: Fake) -> types.ModuleType:
         softcap=0.0,
         num_splits=1,
         pack_gqa=None,
+        score_mod=None,
+        mask_mod=None,
+        aux_tensors=None,
+        block_sparse_tensors=None,
         return_lse=False,
     ):
         fake.calls.append(("varlen", dict(locals())))
@@ -1137,7 +1147,43 @@ def test_fa4_splits_on_blackwell_only(
     assert fake.last["num_splits"] == passed
 
 
+@triton.jit
+def triton_mod(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return score
+
+
+def some_mod(*cells: Any) -> Any:
+    """Stands for a CuTe function."""
+
+
+def some_lists() -> triton_fa.BlockSparseTensors:
+    return triton_fa.BlockSparseTensors(
+        ints(0).view(1, 1, 1), ints(0).view(1, 1, 1, 1), block_size=(128, 128)
+    )
+
+
+def test_fa4_gets_functions_of_its_own_kind(hopper: pytest.MonkeyPatch, fake: Fake) -> None:
+    aux = [torch.zeros(3)]
+    VARLEN(**packed(), score_mod=some_mod, aux_tensors=aux, ver=4)
+    assert fake.last["score_mod"] is some_mod
+    assert fake.last["aux_tensors"][0] is aux[0]
+    assert fake.last["mask_mod"] is None
+    theirs = module("flash_attn.cute.block_sparsity", {"BlockSparseTensorsTorch": SimpleNamespace})
+    provide(hopper, {"flash_attn.cute.block_sparsity": theirs})
+    lists = some_lists()
+    given = dense() | {"cu_seqlens_q": None, "cu_seqlens_k": None}
+    VARLEN(**given, mask_mod=some_mod, block_sparse_tensors=lists, ver=4)
+    assert (fake.function, fake.last["mask_mod"]) == ("dense", some_mod)
+    assert fake.last["block_sparse_tensors"].mask_block_cnt is lists.mask_block_cnt
+    assert fake.last["block_sparse_tensors"].block_size == (128, 128)
+
+
+LISTED = {"mask_mod": some_mod, "block_sparse_tensors": some_lists()}
 FA4_REASONS = [
+    (9, VARLEN, packed(score_mod=triton_mod), "score_mod: expected a CuTe function, got a Tri"),
+    (8, VARLEN, packed(score_mod=some_mod), "score_mod on compute capability 8.x"),
+    (9, VARLEN, packed(**LISTED), "block_sparse_tensors with a batch dimension beside cu_seq"),
+    (12, VARLEN, packed(**LISTED), "block_sparse_tensors on compute capability 12.x"),
     (9, DENSE, dense(num_splits=2), "num_splits=2: expected 0 or 1 on compute capability 9.x"),
     (9, DENSE, FA3_REASONS[0][0], "q: dtype float32"),
     (9, DENSE, dims(264, 264), "head_dim=264, head_dim_v=264"),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.nn.attention.flex_attention import create_block_mask
 
 import triton_fa
-from triton_fa import ArgumentError, ArgumentTypeError, UnsupportedError
+from triton_fa import ArgumentError, ArgumentTypeError, ArgumentValueError, UnsupportedError
 from triton_fa.device import runs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,6 +45,22 @@ def causal_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
 
 
 @triton.jit
+def everything(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return (q_idx >= 0) & (kv_idx >= 0)
+
+
+@triton.jit
+def nothing(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return (q_idx < 0) & (kv_idx < 0)
+
+
+@triton.jit
+def first_keys(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """Each head sees the first aux[0][batch, head] keys, of two heads."""
+    return kv_idx < tl.load(aux[0] + batch * 2 + head) + 0 * q_idx
+
+
+@triton.jit
 def prefix_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
     """Causal, but the first aux[0][batch] keys are seen by all."""
     return (kv_idx <= q_idx + seqlen_k - seqlen_q) | (kv_idx < tl.load(aux[0] + batch))
@@ -61,6 +80,9 @@ def tree_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
     draft = kv_idx - (seqlen_k - seqlen_q)
     cell = q_idx * seqlen_q + tl.minimum(tl.maximum(draft, 0), seqlen_q - 1)
     return (draft < 0) | (tl.load(aux[0] + cell) != 0)
+
+
+ONE = torch.ones(1, dtype=torch.int32, device=DEVICE)
 
 
 class Batch:
@@ -211,6 +233,151 @@ def test_keys_are_counted_behind_the_padding() -> None:
     close(found, tuple(x.double() for x in wanted))
 
 
+def lists(kept: torch.Tensor, size: tuple[int, int]) -> triton_fa.BlockSparseTensors:
+    """The lists of a mask (queries, keys) of bools, as torch makes them for flex_attention."""
+    queries, keys = kept.shape
+    flags = kept.cpu()
+    mask = create_block_mask(
+        lambda b, h, q, k: flags[q, k], None, None, queries, keys, "cpu", BLOCK_SIZE=size
+    )
+    made = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    moved = (x.int().contiguous().to(DEVICE) for x in made)
+    return triton_fa.BlockSparseTensors(*moved, block_size=size)
+
+
+def causal_lists(rows: int, length: int, size: tuple[int, int]) -> triton_fa.BlockSparseTensors:
+    position = torch.arange(rows)[:, None] + length - rows
+    return lists(torch.arange(length)[None] <= position, size)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 16), (16, 48), (64, 32)])
+def test_listed_blocks_change_nothing_but_the_work(size: tuple[int, int]) -> None:
+    batch = Batch((100,), (50,))
+    listed = causal_lists(50, 100, size)
+    found = batch.call(mask_mod=causal_mask, block_sparse_tensors=listed)
+    close(found, tuple(x.double() for x in batch.call(causal=True)))
+
+
+def test_blocks_in_no_list_are_not_read() -> None:
+    batch = Batch((128,), (64,))
+    kept = (torch.arange(128)[None] // 16 + torch.arange(64)[:, None] // 16) % 2 == 0
+    listed = lists(kept, (16, 16))
+    # Odd blocks of keys are seen by the second and the fourth block of queries alone.
+    exact = batch.expected(keep=lambda i, p, k: kept)
+    k, v = (x[batch.table[0].long()].reshape(1, 128, 2, 32) for x in (batch.k, batch.v))
+    v[:, (torch.arange(128) // 16) % 2 == 1] = math.nan
+    keys: dict[str, Any] = {"k_cache": k, "v_cache": v, "page_table": None}
+    out, _ = batch.call(**keys, mask_mod=everything, block_sparse_tensors=listed)
+    seen = (torch.arange(64) // 16) % 2 == 0
+    torch.testing.assert_close(out[seen].double(), exact[0][seen], atol=4e-3, rtol=4e-3)
+    assert out[~seen].isnan().all()
+
+
+def test_full_blocks_are_not_masked_again() -> None:
+    batch = Batch((96,), (48,))
+    listed = lists(torch.ones(48, 96, dtype=torch.bool), (16, 16))
+    found = batch.call(mask_mod=nothing, block_sparse_tensors=listed)
+    close(found, tuple(x.double() for x in batch.call()))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_one_list_serves_sequences_of_other_lengths(full: bool) -> None:
+    batch = Batch((37, 100, 64), (30, 20, 64))
+    listed = lists(torch.ones(64, 128, dtype=torch.bool), (16, 16))
+    if not full:
+        listed = listed._replace(
+            mask_block_cnt=listed.full_block_cnt,
+            mask_block_idx=listed.full_block_idx,
+            full_block_cnt=None,
+            full_block_idx=None,
+        )
+    found = batch.call(mask_mod=everything, block_sparse_tensors=listed)
+    close(found, tuple(x.double() for x in batch.call()))
+
+
+def test_a_list_for_each_sequence_and_head() -> None:
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 64, 2, 32, generator=rng).half().to(DEVICE)
+    prefix = torch.tensor([[0, 16], [48, 64]], dtype=torch.int32)
+    masks = [torch.arange(64)[None].expand(64, 64) < int(n) for n in prefix.flatten()]
+    each = [lists(mask, (16, 16)) for mask in masks]
+    joined = triton_fa.BlockSparseTensors(
+        *(torch.cat([x[i] for x in each]).unflatten(0, (2, 2)).squeeze(2) for i in range(4)),
+        block_size=(16, 16),
+    )
+    out = triton_fa.flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        None,
+        None,
+        mask_mod=first_keys,
+        aux_tensors=[prefix.to(DEVICE)],
+        block_sparse_tensors=joined,
+        ver="triton",
+    )
+    for b, h in itertools.product(range(2), range(2)):
+        n = int(prefix[b, h])
+        weights = (q[b, :, h].double() @ k[b, :n, h].double().T * 32**-0.5).softmax(-1)
+        exact = weights @ v[b, :n, h].double()
+        torch.testing.assert_close(out[b, :, h].double(), exact, atol=4e-3, rtol=4e-3)
+
+
+def test_lists_of_garbage_stay_inside() -> None:
+    batch = Batch((100, 60), (50, 40))
+    listed = causal_lists(50, 100, (16, 16))
+    rng = torch.Generator().manual_seed(1)
+    wild = [
+        torch.randint(-(2**31), 2**31 - 1, x.shape, generator=rng).int().to(DEVICE)
+        for x in listed[:4]
+        if x is not None
+    ]
+    out, _ = batch.call(
+        mask_mod=causal_mask,
+        block_sparse_tensors=triton_fa.BlockSparseTensors(*wild, block_size=(16, 16)),
+    )
+    assert out.shape == batch.q.shape
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"mask_block_cnt": 9}, "mask_block_cnt: expected 0 to 1, got 9"),
+        ({"full_block_cnt": -1}, "full_block_cnt: expected 0 to 1, got -1"),
+        ({"mask_block_cnt": 1, "mask_block_idx": -3}, r"mask_block_idx: .* got \[-3\]"),
+    ],
+)
+def test_validation_reads_the_lists(
+    fresh: pytest.MonkeyPatch, changed: dict[str, int], says: str
+) -> None:
+    fresh.setenv("TRITON_FA_VALIDATE", "1")
+    batch = Batch((37,), (3,))
+    cell = {"cnt": ONE.view(1, 1, 1), "idx": ONE.view(1, 1, 1, 1)}
+    given = {f"{kind}_block_{part}": cell[part] * 0 for kind in ("mask", "full") for part in cell}
+    batch.call(mask_mod=causal_mask, block_sparse_tensors=listing(given))
+    given |= {name: cell[name[-3:]] * value for name, value in changed.items()}
+    with pytest.raises(ArgumentError, match=says):
+        batch.call(mask_mod=causal_mask, block_sparse_tensors=listing(given))
+
+
+def listing(given: dict[str, torch.Tensor]) -> triton_fa.BlockSparseTensors:
+    return triton_fa.BlockSparseTensors(**given, block_size=(16, 16))
+
+
+def test_fa4s_own_class_is_taken() -> None:
+    batch = Batch((100,), (50,))
+    ours = causal_lists(50, 100, (16, 16))
+    theirs = SimpleNamespace(**ours._asdict(), dq_write_order=None)
+    found = batch.call(mask_mod=causal_mask, block_sparse_tensors=theirs)
+    wanted = batch.call(mask_mod=causal_mask, block_sparse_tensors=ours)
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
+
+
+def some_lists(**changed: Any) -> dict[str, Any]:
+    given = causal_lists(3, 37, (16, 16))._replace(**changed)
+    return {"mask_mod": causal_mask, "block_sparse_tensors": given}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
@@ -223,6 +390,18 @@ def test_keys_are_counted_behind_the_padding() -> None:
         ({"score_mod": alibi, "aux_tensors": [3]}, ArgumentTypeError, r"aux_tensors\[0\]"),
         ({"score_mod": lambda *_: 0}, UnsupportedError, "score_mod: expected a @triton.jit"),
         ({"mask_mod": causal_mask, "ver": "torch"}, UnsupportedError, "mask_mod"),
+        (some_lists() | {"mask_mod": None}, ArgumentError, "block_sparse.* without mask_mod"),
+        (some_lists() | {"block_sparse_tensors": 3}, ArgumentTypeError, "BlockSparseT.*, got int"),
+        (some_lists(block_size=None), ArgumentTypeError, "block_size: expected .queries, keys"),
+        (some_lists(block_size=(16, 20)), ArgumentValueError, "multiples of 16, got"),
+        (some_lists(full_block_cnt=None), ArgumentError, "full_block_cnt and full_block_idx"),
+        (some_lists(cu_total_m_blocks=ONE), ArgumentError, "cu_total_m_blocks: expected None"),
+        (some_lists(mask_block_cnt=ONE), ArgumentError, "mask_block_cnt: expected 3 dim"),
+        (some_lists(mask_block_cnt=ONE.expand(1, 4, 1)), ArgumentError, "heads 1, got shape"),
+        (some_lists(mask_block_cnt=ONE.expand(1, 1, 0)), ArgumentError, "max_seqlen_q=3, got 0"),
+        (some_lists(mask_block_idx=ONE.expand(1, 1, 1, 1).long()), ArgumentError, "dtype int32"),
+        (some_lists(mask_block_idx=ONE.expand(1, 1, 1, 0)), ArgumentError, r"\(1, 1, 1, 1\)"),
+        (some_lists(mask_block_idx=ONE.expand(1, 1, 1, 2)), ArgumentError, "last stride 1"),
     ],
 )
 def test_what_is_not_clear_is_refused(options: dict[str, Any], error: Any, says: str) -> None:

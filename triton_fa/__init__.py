@@ -19,6 +19,7 @@ from triton_fa.errors import (
 )
 from triton_fa.merge import flash_attn_combine, merge_state
 from triton_fa.planner import StepPlanner, StepSchedules
+from triton_fa.problem import BlockSparseTensors
 from triton_fa.warm import warmup
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "ArgumentValueError",
     "BackendStatus",
     "BackendUnavailableError",
+    "BlockSparseTensors",
     "FallbackWarning",
     "LayoutError",
     "StepPlanner",

@@ -17,7 +17,7 @@ from triton_fa import dispatch, normalize
 from triton_fa.backends.base import Run
 from triton_fa.checks import one_spelling
 from triton_fa.normalize import Options
-from triton_fa.problem import Append, AttnResult, Lengths, Tensors
+from triton_fa.problem import Append, AttnResult, BlockSparseTensors, Lengths, Tensors
 from triton_fa.records import MAX_RECORDS, Records, signature
 
 Window = Sequence[int | None]
@@ -121,6 +121,7 @@ def flash_attn_with_kvcache(
     *,
     only_qv: bool = False,
     mask_mod: object = None,
+    block_sparse_tensors: object = None,
     max_seqlen_k: int | None = None,
     batch_invariant: bool = False,
     block_table: torch.Tensor | None = None,
@@ -196,6 +197,9 @@ def flash_attn_with_kvcache(
         only_qv: Scores are qv·v alone; q and k may be None, and are not read.
         mask_mod: A `@triton.jit` function f(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux),
             true where a query sees a key. Not with causal, window_size or attention_chunk.
+        block_sparse_tensors: A `BlockSparseTensors`, or FlashAttention-4's: which blocks mask_mod
+            hides or shows whole, so that kernels for long prompts skip them. It must say the same
+            as mask_mod, which decides alone where the lists are of no use.
         max_seqlen_k: A hint; the bound is taken from page_table or k_cache.
         batch_invariant: The bits of a row depend on its own sequence and the settings only, not
             on the rest of the batch, the bounds or the device's size.
@@ -251,6 +255,7 @@ def flash_attn_with_kvcache(
         *_descales(k_cache, q_descale, k_descale, v_descale),
         _aux(aux_tensors),
         append,
+        _blocks(block_sparse_tensors),
     )
     # The condition repeats the names below: a microsecond less on a hit. A name missing here would
     # be dropped silently; test_refusals.py and test_schedule.py have every one of them.
@@ -259,6 +264,7 @@ def flash_attn_with_kvcache(
         score_mod is None
         and aux_tensors is None
         and mask_mod is None
+        and block_sparse_tensors is None
         and not only_qv
         and not batch_invariant
     ):
@@ -266,6 +272,7 @@ def flash_attn_with_kvcache(
             score_mod=score_mod,
             aux_tensors=aux_tensors,
             mask_mod=mask_mod,
+            block_sparse_tensors=block_sparse_tensors,
             only_qv=only_qv or None,
             batch_invariant=batch_invariant or None,
         )
@@ -324,6 +331,7 @@ def flash_attn_varlen_func(
     scheduler_metadata: torch.Tensor | None = None,
     only_qv: bool = False,
     mask_mod: object = None,
+    block_sparse_tensors: object = None,
     batch_invariant: bool = False,
     block_table: torch.Tensor | None = None,
     cache_seqlens: torch.Tensor | None = None,
@@ -379,6 +387,9 @@ def flash_attn_varlen_func(
         only_qv: Scores are qv·v alone; q and k may be None, and are not read.
         mask_mod: A `@triton.jit` function f(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux),
             true where a query sees a key. Not with causal, window_size or attention_chunk.
+        block_sparse_tensors: A `BlockSparseTensors`, or FlashAttention-4's: which blocks mask_mod
+            hides or shows whole, so that kernels for long prompts skip them. It must say the same
+            as mask_mod, which decides alone where the lists are of no use.
         batch_invariant: The bits of a row depend on its own sequence and the settings only, not
             on the rest of the batch, the bounds or the device's size.
         block_table: Other spelling of page_table.
@@ -417,12 +428,15 @@ def flash_attn_varlen_func(
         qv,
         *_descales(k, q_descale, k_descale, v_descale),
         _aux(aux_tensors),
+        None,
+        _blocks(block_sparse_tensors),
     )
     features = _NO_FEATURES
     if not (
         score_mod is None
         and aux_tensors is None
         and mask_mod is None
+        and block_sparse_tensors is None
         and not only_qv
         and not batch_invariant
     ):
@@ -430,6 +444,7 @@ def flash_attn_varlen_func(
             score_mod=score_mod,
             aux_tensors=aux_tensors,
             mask_mod=mask_mod,
+            block_sparse_tensors=block_sparse_tensors,
             only_qv=only_qv or None,
             batch_invariant=batch_invariant or None,
         )
@@ -549,6 +564,16 @@ def flash_attn_func(
 
 def _aux(aux_tensors: Any) -> Any:
     return tuple(aux_tensors) if isinstance(aux_tensors, list) else aux_tensors
+
+
+def _blocks(given: Any) -> Any:
+    """FlashAttention-4's lists as ours; what is neither is left to normalize."""
+    if given is None or isinstance(given, BlockSparseTensors):
+        return given
+    try:
+        return BlockSparseTensors(*(getattr(given, name) for name in BlockSparseTensors._fields))
+    except AttributeError:
+        return given
 
 
 _NO_DESCALES: tuple[Any, Any, Any] = (None, None, None)

@@ -157,6 +157,7 @@ def problem(dump: Dump, device: torch.device, seed: int = 0) -> Problem:
 def _contents(problem: Problem, tensors: Tensors, error: Exception) -> dict[str, Any]:
     named = tensors._asdict()
     append = named.pop("append")
+    del named["blocks"]  # they come with a function, which no file can hold
     if append is not None:
         named |= {f"append.{name}": tensor for name, tensor in append._asdict().items()}
     named = {name: given for name, given in named.items() if given is not None}

@@ -20,7 +20,7 @@ from triton_fa.checks import (
     require_tensor,
 )
 from triton_fa.errors import ArgumentError, ArgumentTypeError, ArgumentValueError, LayoutError
-from triton_fa.problem import Append, Lengths, Problem, Tensors
+from triton_fa.problem import Append, BlockSparseTensors, Lengths, Problem, Tensors
 from triton_fa.spec import AttnSpec, Bounds, KeyLayout, QueryLayout, metadata_entries
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -140,6 +140,8 @@ def problem(tensors: Tensors, options: Options) -> Problem:
 
     window_left, window_right = _window(options.causal, options.window_size)
     _check_mods(tensors, options)
+    if tensors.blocks is not None:
+        _check_blocks(tensors, options, batch, max_seqlen_q)
     scored = q.shape[-1]
     if tensors.qv is not None and "only_qv" not in options.features:
         scored += v.shape[-1]
@@ -236,6 +238,48 @@ def _check_mods(tensors: Tensors, options: Options) -> None:
     for index, value in enumerate(tensors.aux):
         tensor = require_tensor(f"aux_tensors[{index}]", value)
         require_device(f"aux_tensors[{index}]", tensor, tensors.q.device)
+
+
+def _check_blocks(tensors: Tensors, options: Options, batch: int, max_seqlen_q: int) -> None:
+    """Validate block_sparse_tensors."""
+    name, blocks = "block_sparse_tensors", tensors.blocks
+    if not isinstance(blocks, BlockSparseTensors):
+        raise ArgumentTypeError(f"{name}: expected BlockSparseTensors, got {type(blocks).__name__}")
+    if options.mask_mod is None:
+        raise ArgumentError(f"{name}: expected None without mask_mod")
+    for field in ("cu_total_m_blocks", "cu_block_idx_offsets"):
+        if getattr(blocks, field) is not None:
+            raise ArgumentError(f"{name}.{field}: expected None (lists with a batch dimension)")
+    sizes = blocks.block_size
+    if not isinstance(sizes, tuple) or len(sizes) != 2:
+        raise ArgumentTypeError(f"{name}.block_size: expected (queries, keys), got {sizes!r}")
+    for size in sizes:
+        if require_int(f"{name}.block_size", size, 16) % 16:
+            raise ArgumentValueError(f"{name}.block_size: expected multiples of 16, got {sizes}")
+    if (blocks.full_block_cnt is None) is not (blocks.full_block_idx is None):
+        raise ArgumentError(f"{name}: expected full_block_cnt and full_block_idx, or neither")
+    heads_q, heads_kv = tensors.q.shape[-2], tensors.k.shape[-2]
+    heads = {1} if heads_q > heads_kv else {1, heads_q}  # a tile holds the heads of a group
+    counts = require_tensor(f"{name}.mask_block_cnt", blocks.mask_block_cnt)
+    require_rank(f"{name}.mask_block_cnt", counts, 3, "(batch, heads, query blocks)")
+    if counts.shape[0] not in (1, batch) or counts.shape[1] not in heads:
+        raise ArgumentError(
+            f"{name}.mask_block_cnt: expected batch 1 or {batch} and heads "
+            f"{' or '.join(map(str, sorted(heads)))}, got shape {tuple(counts.shape)}"
+        )
+    if counts.shape[2] * sizes[0] < max_seqlen_q:
+        raise ArgumentError(
+            f"{name}.mask_block_cnt: expected query blocks of {sizes[0]} for max_seqlen_q="
+            f"{max_seqlen_q}, got {counts.shape[2]}"
+        )
+    for field in ("mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx"):
+        if (value := getattr(blocks, field)) is None:
+            continue
+        tensor = require_tensor(f"{name}.{field}", value)
+        entries = (max(1, *tensor.shape[-1:]),) if field.endswith("idx") else ()
+        require_index(f"{name}.{field}", tensor, (*counts.shape, *entries), tensors.q.device)
+        if not tensor.is_contiguous():
+            raise LayoutError(f"{name}.{field}: expected contiguous, got {tensor.stride()}")
 
 
 def _check_descales(tensors: Tensors, batch: int, heads_kv: int) -> None:

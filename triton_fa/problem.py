@@ -25,6 +25,29 @@ class Append(NamedTuple):
     rotary_seqlens: torch.Tensor | None = None
 
 
+class BlockSparseTensors(NamedTuple):
+    """What a `mask_mod` hides, as lists of key blocks for each block of queries.
+
+    The fields are FlashAttention-4's. A block in no list is hidden from all of its queries, one in
+    the full list from none; the mask_mod decides inside the others. Blocks are numbered from the
+    sequence's first query and key, and listed in ascending order.
+
+    mask_block_cnt: (batch, heads, query blocks) int32: how many entries of each list count.
+    mask_block_idx: (batch, heads, query blocks, entries) int32. Batch and heads may be 1, for all.
+    full_block_cnt, full_block_idx: the same of the full blocks, or None without any.
+    cu_total_m_blocks, cu_block_idx_offsets: None; lists packed over sequences are refused.
+    block_size: (queries, keys) of a block.
+    """
+
+    mask_block_cnt: torch.Tensor
+    mask_block_idx: torch.Tensor
+    full_block_cnt: torch.Tensor | None = None
+    full_block_idx: torch.Tensor | None = None
+    cu_total_m_blocks: torch.Tensor | None = None
+    cu_block_idx_offsets: torch.Tensor | None = None
+    block_size: tuple[int, int] | None = None
+
+
 class Tensors(NamedTuple):
     """The tensors of a call, in canonical spelling; the caller's own objects, never copies.
 
@@ -55,6 +78,7 @@ class Tensors(NamedTuple):
     v_descale: torch.Tensor | None = None
     aux: tuple[torch.Tensor, ...] | None = None
     append: Append | None = None
+    blocks: BlockSparseTensors | None = None
 
 
 class Lengths(NamedTuple):

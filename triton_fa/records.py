@@ -113,9 +113,12 @@ def key(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> Ke
         *map(type, scalars[WINDOW]),
         dispatch.is_strict(),
         torch.is_grad_enabled(),
-        *map(signature, tensors[:-2]),
+        *map(signature, tensors[:-3]),
         None if tensors.aux is None else tuple(map(signature, tensors.aux)),
         None if tensors.append is None else tuple(map(signature, tensors.append)),
+        None
+        if tensors.blocks is None
+        else (*map(signature, tensors.blocks[:-1]), tensors.blocks.block_size),
     )
 
 
@@ -139,7 +142,8 @@ def _shortcut(
     """A shortcut to `record` for calls like this one, where there can be one."""
     places = [i for i, tensor in enumerate(tensors) if tensor is not None]
     rest = [i for i, tensor in enumerate(tensors) if tensor is None]
-    if tensors.append is not None or tensors.aux is not None or len(rest) < 2:
+    nested = (tensors.append, tensors.aux, tensors.blocks)
+    if any(part is not None for part in nested) or len(rest) < 2:
         return None
     given = operator.itemgetter(*places)
     shortcut = Shortcut(

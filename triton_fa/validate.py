@@ -1,4 +1,4 @@
-"""`TRITON_FA_VALIDATE=1`: look at the lengths, prefix sums and page ids of every call.
+"""`TRITON_FA_VALIDATE=1`: look at the lengths, prefix sums, page ids and block lists of every call.
 
 The kernels clamp whatever they read, so a bad value costs a wrong row and never a bad access. This
 says which value it was. Reading them waits for the device, which cannot be done while a CUDA graph
@@ -74,12 +74,30 @@ def check_values(problem: Problem, tensors: Tensors) -> None:
     if tensors.cache_leftpad is not None:
         leftpads = _values(tensors.cache_leftpad)
         _at_most("cache_leftpad", leftpads, keys, "the sequence's keys")
+    if tensors.blocks is not None:
+        _check_lists("mask_block", tensors.blocks.mask_block_cnt, tensors.blocks.mask_block_idx)
+        _check_lists("full_block", tensors.blocks.full_block_cnt, tensors.blocks.full_block_idx)
     rows = _rows(problem, tensors)
     sequences = list(map(_Sequence, queries, keys, new, leftpads))
     if tensors.append is not None and tensors.append.rotary_cos is not None:
         _check_rotary(problem, tensors.append, sequences)
     if tensors.page_table is not None:
         _check_pages(problem, tensors, tensors.page_table[rows], sequences)
+
+
+def _check_lists(name: str, counts: torch.Tensor | None, entries: torch.Tensor | None) -> None:
+    """Lists of key blocks: as many as they have room for, in ascending order from 0."""
+    if counts is None or entries is None:
+        return
+    for count, row in zip(_values(counts.flatten()), entries.flatten(0, -2).tolist(), strict=True):
+        if not 0 <= count <= len(row):
+            raise ArgumentError(
+                f"block_sparse_tensors.{name}_cnt: expected 0 to {len(row)}, got {count}"
+            )
+        if any(later <= block for block, later in pairwise((-1, *row[:count]))):
+            raise ArgumentError(
+                f"block_sparse_tensors.{name}_idx: expected ascending blocks, got {row[:count]}"
+            )
 
 
 def _queries(problem: Problem, tensors: Tensors) -> list[int]:

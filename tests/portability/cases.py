@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 import triton_fa
 
@@ -182,6 +184,23 @@ def float8(
     return call
 
 
+@triton.jit
+def causal_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return kv_idx <= q_idx + seqlen_k - seqlen_q
+
+
+@triton.jit
+def distance(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return score - tl.abs(q_idx + seqlen_k - seqlen_q - kv_idx)
+
+
+def key_blocks(seqlen: int, size: int = 128) -> triton_fa.BlockSparseTensors:
+    """Lists for blocks of `size` queries and keys."""
+    blocks = -(-seqlen // size)
+    counts, entries = ints(1, 1, blocks), ints(1, 1, blocks, blocks)
+    return triton_fa.BlockSparseTensors(counts, entries, counts, entries, block_size=(size, size))
+
+
 LONG = 2048  # more than 4096 rows with four query heads to a head
 F16, F32 = torch.float16, torch.float32
 
@@ -272,6 +291,11 @@ FEATURES |= {
     "decode-batch-idx": decode(cache_batch_idx=ints(BATCH)),
     "decode-attention-chunk": decode(attention_chunk=1024),
     "mixed-attention-chunk": mixed(attention_chunk=64),
+    "decode-modified": decode(score_mod=distance, mask_mod=causal_mask, causal=False),
+    "prefill-modified": prefill(LONG, score_mod=distance, mask_mod=causal_mask, causal=False),
+    "prefill-blocks": prefill(
+        LONG, mask_mod=causal_mask, block_sparse_tensors=key_blocks(LONG), causal=False
+    ),
     "merge-splits-256": merge_splits(dim=256, splits=128),
     "merge-splits-to-float16": merge_splits(out_dtype=F16),
     "merge-pair-256-float32": merge_pair(dim=256, dtype=F32),

@@ -3,7 +3,7 @@
 Differences in spelling: an unbounded side of a window is None there, a sink is `learnable_sink`.
 `sm_margin` has no counterpart and is ignored. `out` is filled by a copy, since the public functions
 take no buffer; the copy includes rows beyond `seqused_q`. Its kernels read all of a sequence's
-last page: unused slots there must hold finite numbers.
+last page: unused slots there must hold finite numbers. score_mod and mask_mod are CuTe functions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from triton_fa.errors import BackendUnavailableError
 from triton_fa.problem import AttnResult, Problem, Tensors
 from triton_fa.spec import AttnSpec
 
-SUPPORTED_FEATURES = frozenset({"sinks", "seqused_q", "out"})
+SUPPORTED_FEATURES = frozenset(
+    {"sinks", "seqused_q", "out", "score_mod", "mask_mod", "aux_tensors", "block_sparse_tensors"}
+)
 BLACKWELL_FEATURES = frozenset({"qv", "only_qv", "q_descale", "k_descale", "v_descale"})
 NOISY_LOGGERS = ("CUTE_DSL", "cutlass", "flash_attn", "quack")
 _logger = logging.getLogger("triton_fa")
@@ -84,7 +86,7 @@ class FA4Backend:
             )
         if "sinks" in spec.features and major in (8, 12):
             reasons.append(f"sinks on compute capability {major}.x")
-        return reasons
+        return reasons + _mod_reasons(spec, major)
 
     def prepare(self, problem: Problem) -> Run:
         """Put together the arguments that no tensor of the call changes."""
@@ -173,6 +175,21 @@ def _dim_reasons(spec: AttnSpec, major: int) -> list[str]:
     return []
 
 
+def _mod_reasons(spec: AttnSpec, major: int) -> list[str]:
+    reasons = []
+    for name, mod in (("score_mod", spec.score_mod), ("mask_mod", spec.mask_mod)):
+        if type(mod).__module__.partition(".")[0] == "triton":
+            reasons.append(f"{name}: expected a CuTe function, got a Triton one")
+    if spec.score_mod is not None and major == 8:
+        reasons.append("score_mod on compute capability 8.x")
+    if "block_sparse_tensors" in spec.features:
+        if major not in (9, 10, 11):
+            reasons.append(f"block_sparse_tensors on compute capability {major}.x")
+        if spec.query_layout == "packed":
+            reasons.append("block_sparse_tensors with a batch dimension beside cu_seqlens_q")
+    return reasons
+
+
 def _paging_reasons(spec: AttnSpec, major: int) -> list[str]:
     if major in (8, 12):
         return [f"page_table on compute capability {major}.x"]
@@ -218,7 +235,8 @@ def _fixed_arguments(problem: Problem) -> dict[str, Any]:
     splits = spec.num_splits
     if device_facts.facts(spec.device).arch[0] not in (10, 11):
         splits = 1
-    return {
+    mods = {"score_mod": spec.score_mod, "mask_mod": spec.mask_mod}
+    return {name: mod for name, mod in mods.items() if mod is not None} | {
         "softmax_scale": spec.softmax_scale,
         "causal": causal,
         "window_size": (
@@ -258,6 +276,11 @@ def _call(
     tensors: Tensors,
     where: dict[str, torch.Tensor | None],
 ) -> AttnResult:
+    if tensors.aux is not None:
+        fixed = fixed | {"aux_tensors": list(tensors.aux)}
+    if tensors.blocks is not None:
+        lists = importlib.import_module("flash_attn.cute.block_sparsity").BlockSparseTensorsTorch
+        fixed = fixed | {"block_sparse_tensors": lists(**tensors.blocks._asdict())}
     out, lse = function(
         q=tensors.q,
         k=tensors.k,

@@ -41,6 +41,7 @@ SUPPORTED_FEATURES = frozenset(
         "score_mod",
         "mask_mod",
         "aux_tensors",
+        "block_sparse_tensors",
     }
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,14 @@ FP8_FORMATS = {
 REGISTERS_PER_SM = 65536
 INVARIANT_CHUNK = 512
 INVARIANT_PIECES = 64
+LIST_ARGUMENTS = (
+    "sparse_stride_b",
+    "sparse_stride_h",
+    "masked_width",
+    "full_width",
+    "SPARSE_M",
+    "SPARSE_N",
+)
 PLAN_BELOW = 0.8
 """The prefill path is planned where that leaves less than this of the unplanned programs."""
 MAX_DECODE_ROWS = 64
@@ -72,6 +80,10 @@ POINTERS = (
     "k_descale_ptr",
     "v_descale_ptr",
     "aux_ptr",
+    "mask_block_cnt_ptr",
+    "mask_block_idx_ptr",
+    "full_block_cnt_ptr",
+    "full_block_idx_ptr",
     "plan_ptr",
     "absent",
     "k_new_ptr",
@@ -82,6 +94,7 @@ POINTERS = (
     "turned_ptr",
 )
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
+_NO_LISTS = (None,) * 4
 ABSENT = POINTERS.index("absent")
 """Place of a None; what stands behind it are `append_tensors`."""
 
@@ -117,6 +130,7 @@ def call_tensors(
         tensors.k_descale,
         tensors.v_descale,
         tensors.aux,
+        *(_NO_LISTS if tensors.blocks is None else tensors.blocks[:4]),
         tensors.scheduler_metadata if prefill_plan is None else prefill_plan,
         None,
     )
@@ -518,6 +532,7 @@ def _prefill(
     spec, bounds = problem.spec, problem.bounds
     # Batch-invariant: the tile must not depend on how long neighbours may be either.
     tile = prefill_tile(spec, device, 2**31 if spec.batch_invariant else most_rows)
+    tile, lists = _within_blocks(problem, tile)
     on_hopper = hopper_plans.tile(problem, device)
     block_m = on_hopper.block_m * spec.q_heads_per_kv if on_hopper else tile.block_m
     row_tiles = -(-most_rows // block_m)
@@ -562,6 +577,7 @@ def _prefill(
         _arguments(
             prefill_kernel,
             common,
+            **lists,
             segment=metadata_entries(bounds.batch) // 4,
             num_row_tiles=row_tiles,
             DECODE_ROWS=rows_of_decode,
@@ -578,6 +594,28 @@ def _prefill(
         (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
     )
     return (*launches, prefill), 0
+
+
+def _within_blocks(problem: Problem, tile: PrefillTile) -> tuple[PrefillTile, dict[str, int]]:
+    """A tile that never leaves one of the listed blocks, and the kernel's arguments for them."""
+    blocks = problem.tensors.blocks
+    if blocks is None or problem.tensors.cache_leftpad is not None:
+        return tile, dict.fromkeys(LIST_ARGUMENTS, 0)
+    assert blocks.block_size is not None
+    queries, keys = blocks.block_size
+    rows = math.gcd(queries * problem.spec.q_heads_per_kv, tile.block_m)
+    batch, heads, of_queries = blocks.mask_block_cnt.shape
+    listed = (
+        heads * of_queries if batch > 1 else 0,
+        of_queries if heads > 1 else 0,
+        blocks.mask_block_idx.shape[3],
+        0 if blocks.full_block_idx is None else blocks.full_block_idx.shape[3],
+        queries,
+        keys,
+    )
+    halves = tile.halves if rows == tile.block_m else 1
+    smaller = replace(tile, block_m=rows, block_n=math.gcd(keys, tile.block_n), halves=halves)
+    return smaller, dict(zip(LIST_ARGUMENTS, listed, strict=True))
 
 
 def schedule(

@@ -95,6 +95,40 @@ def planned_tile(
 
 
 @triton.jit
+def key_block_list(counts_ptr, entries_ptr, place, width):
+    """(first entry, how many count) of the list of key blocks at `place` of all lists."""
+    count = tl.load(counts_ptr + place)
+    return entries_ptr + place.to(tl.int64) * width, tl.minimum(tl.maximum(count, 0), width)
+
+
+@triton.jit
+def entries_inside(first_ptr, count, blocks):
+    """How many entries of a list are among the first `blocks` blocks of keys."""
+    inside = 0
+    for start in tl.range(0, count, 128, num_stages=1):
+        entry = start + tl.arange(0, 128)
+        block = tl.load(first_ptr + entry, mask=entry < count, other=-1)
+        inside += tl.sum(((block >= 0) & (block < blocks)).to(tl.int32), 0)
+    return inside
+
+
+@triton.jit
+def listed(at, key_list, SPARSE_N: tl.constexpr):
+    """The key at place `at` of the keys that a list of blocks names; without one, `at` itself.
+
+    `key_list` is (first entry, entries, largest result). Whatever the list holds, the key is not
+    behind that.
+    """
+    if key_list is None:
+        return at
+    else:
+        first_ptr, count, last = key_list
+        entry = tl.maximum(tl.minimum(at // SPARSE_N, count - 1), 0)
+        key = tl.load(first_ptr + entry) * SPARSE_N + at % SPARSE_N
+        return tl.minimum(tl.maximum(key, 0), last)
+
+
+@triton.jit
 def key_pages(
     paging,  # (page_table_ptr, row offset, num_pages)
     start,
@@ -216,6 +250,7 @@ def attend_blocks(
     row_scales,  # factors of the halves' scores, or None
     begin,
     end,
+    key_list,  # of the blocks that [begin, end) counts through, or None: see `listed`
     row_ranges,  # of each half
     row_cells,  # what the caller's functions are told of each half
     live_keys,  # first and last key that any row of the tile sees
@@ -233,6 +268,7 @@ def attend_blocks(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    SPARSE_N: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -256,13 +292,16 @@ def attend_blocks(
     TWO: tl.constexpr = queries[1] is not None
     WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
     if PAGED:
-        page = key_pages(paging, begin, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+        first = listed(begin, key_list, SPARSE_N)
+        page = key_pages(paging, first, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
     else:
         page = place[0] + 0
-    for start in tl.range(begin, end, BLOCK_N):
+    for at in tl.range(begin, end, BLOCK_N):
+        start = listed(at, key_list, SPARSE_N)
         if PAGED:
             # Page numbers are fetched one block ahead of the keys.
-            page_next = key_pages(paging, start + BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+            ahead = listed(at + BLOCK_N, key_list, SPARSE_N)
+            page_next = key_pages(paging, ahead, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
         here = (page, place[1], place[2])
         k = load_keys(
             keys,
@@ -440,6 +479,10 @@ def prefill_kernel(
     k_descale_ptr,
     v_descale_ptr,
     aux_ptr,  # a tuple of pointers for the functions below, or None
+    mask_block_cnt_ptr,  # lists of key blocks, [batch or 1, heads or 1, query blocks (, entries)]
+    mask_block_idx_ptr,
+    full_block_cnt_ptr,
+    full_block_idx_ptr,
     plan_ptr,
     out_stride_b,
     out_stride_t,
@@ -477,6 +520,10 @@ def prefill_kernel(
     window_left,
     window_right,
     attention_chunk,
+    sparse_stride_b,
+    sparse_stride_h,
+    masked_width,
+    full_width,
     scale_log2,
     softcap_log2,
     NUM_HEADS_KV: tl.constexpr,
@@ -484,6 +531,8 @@ def prefill_kernel(
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    SPARSE_M: tl.constexpr,  # queries and keys of a listed block; 0 without lists
+    SPARSE_N: tl.constexpr,
     DECODE_ROWS: tl.constexpr,
     PLANNED: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -672,112 +721,83 @@ def prefill_kernel(
         else:
             place = (seq_idx * 0, first_k, head)
         paging = (page_table_ptr, row.to(tl.int64) * table_stride, num_pages)
-        if HAS_FIRST:
-            state = attend_blocks(
-                state,
-                queries,
-                row_scales,
-                begin,
-                full_begin,
-                row_ranges,
-                row_cells,
-                live_keys,
-                keys,
-                values,
-                place,
-                paging,
-                total_k,
-                scale_log2,
-                softcap_log2,
-                HEAD_DIM,
-                HEAD_DIM_V,
-                BLOCK_H,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                PAGE_SIZE,
-                HAS_FIRST,
-                PADDED,
-                HAS_SOFTCAP,
-                SCORE_MOD,
-                MASK_MOD,
-                True,
-                KEY_FORMAT,
-                K_FROM_FP8,
-                V_FROM_FP8,
-                IEEE,
-                INTERPRETED,
+        if SPARSE_M > 0:
+            list_place = seq_idx * sparse_stride_b + head * sparse_stride_h
+            list_place += first_token // SPARSE_M
+            masked_entries, masked_count = key_block_list(
+                mask_block_cnt_ptr, mask_block_idx_ptr, list_place, masked_width
             )
-        state = attend_blocks(
-            state,
-            queries,
-            row_scales,
-            full_begin,
-            full_end,
-            row_ranges,
-            row_cells,
-            live_keys,
-            keys,
-            values,
-            place,
-            paging,
-            total_k,
-            scale_log2,
-            softcap_log2,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_H,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-            PAGE_SIZE,
-            HAS_FIRST,
-            PADDED,
-            HAS_SOFTCAP,
-            SCORE_MOD,
-            MASK_MOD,
-            False,
-            KEY_FORMAT,
-            K_FROM_FP8,
-            V_FROM_FP8,
-            IEEE,
-            INTERPRETED,
-        )
-        state = attend_blocks(
-            state,
-            queries,
-            row_scales,
-            full_end,
-            stop,
-            row_ranges,
-            row_cells,
-            live_keys,
-            keys,
-            values,
-            place,
-            paging,
-            total_k,
-            scale_log2,
-            softcap_log2,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_H,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-            PAGE_SIZE,
-            HAS_FIRST,
-            PADDED,
-            HAS_SOFTCAP,
-            SCORE_MOD,
-            MASK_MOD,
-            True,
-            KEY_FORMAT,
-            K_FROM_FP8,
-            V_FROM_FP8,
-            IEEE,
-            INTERPRETED,
-        )
+            full_entries = masked_entries
+            full_count = masked_count * 0
+            if full_block_cnt_ptr is not None:
+                full_entries, full_count = key_block_list(
+                    full_block_cnt_ptr, full_block_idx_ptr, list_place, full_width
+                )
+            inside = entries_inside(full_entries, full_count, seqlen_k // SPARSE_N)
+        # The keys before those that every row sees, those, and what is behind them. With lists:
+        # full blocks inside the sequence, full blocks on its end, masked blocks.
+        for PART in tl.static_range(3):
+            key_list = None
+            if SPARSE_M > 0:
+                if PART == 0:
+                    part_begin = seqlen_k * 0
+                    part_end = inside * SPARSE_N
+                    key_list = (full_entries, full_count, (end - BLOCK_N) // BLOCK_N * BLOCK_N)
+                elif PART == 1:
+                    part_begin = inside * SPARSE_N
+                    part_end = full_count * SPARSE_N
+                    key_list = (full_entries, full_count, stop)
+                else:
+                    part_begin = seqlen_k * 0
+                    part_end = masked_count * SPARSE_N
+                    key_list = (masked_entries, masked_count, stop)
+            elif PART == 0:
+                part_begin = begin
+                part_end = full_begin
+            elif PART == 1:
+                part_begin = full_begin
+                part_end = full_end
+            else:
+                part_begin = full_end
+                part_end = stop
+            if PART > 0 or HAS_FIRST or SPARSE_M > 0:
+                state = attend_blocks(
+                    state,
+                    queries,
+                    row_scales,
+                    part_begin,
+                    part_end,
+                    key_list,
+                    row_ranges,
+                    row_cells,
+                    live_keys,
+                    keys,
+                    values,
+                    place,
+                    paging,
+                    total_k,
+                    scale_log2,
+                    softcap_log2,
+                    HEAD_DIM,
+                    HEAD_DIM_V,
+                    BLOCK_H,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_DV,
+                    PAGE_SIZE,
+                    SPARSE_N,
+                    HAS_FIRST,
+                    PADDED,
+                    HAS_SOFTCAP,
+                    SCORE_MOD,
+                    MASK_MOD if PART == 2 or SPARSE_M == 0 else None,
+                    (0 if SPARSE_M > 0 else 1) != PART,
+                    KEY_FORMAT,
+                    K_FROM_FP8,
+                    V_FROM_FP8,
+                    IEEE,
+                    INTERPRETED,
+                )
         out_base = (
             out_ptr
             + seq_idx.to(tl.int64) * out_stride_b
