@@ -87,6 +87,13 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The documentation as a site, into site/."""
+    session.install(*CONSTRAINTS, "-e", ".[docs]")
+    session.run("mkdocs", "build", *session.posargs)
+
+
+@nox.session(default=False)
 @nox.parametrize("triton", ["3.6.0", "newest"])
 def portability(session: nox.Session, triton: str) -> None:
     """Compile every kernel and tile for every chip: ``nox -s portability -- --target gfx942``."""

@@ -113,6 +113,20 @@ def test_files_named_in_documents_exist(path: Path) -> None:
         assert name in made_by_a_run or any(p.exists() for p in places), name
 
 
+def test_every_page_is_in_the_site() -> None:
+    listed = set(re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+
+
+def test_what_the_site_takes_from_the_readme_is_there() -> None:
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    taken = re.findall(r'^--8<-- "README.md:([\w-]+)"$', pages, re.MULTILINE)
+    assert taken
+    for name in taken:
+        for edge in ("start", "end"):
+            assert README.read_text().count(f"<!-- --8<-- [{edge}:{name}] -->") == 1
+
+
 def python_blocks(path: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
 
