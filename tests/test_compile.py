@@ -191,7 +191,7 @@ def test_the_matrix_fails_on_faults_and_writes_its_tables(
     arguments = ["--target", "sm_90", "--kernel", "decode", "--output", str(tmp_path)]
     status = portability.main(arguments)
     assert status == (fault is not None)
-    assert [text.startswith(str(fault)) for text in faults(one)] == [True] * status
+    assert [text.startswith(str(fault)) for text in faults(one, "3.9.0")] == [True] * status
     (table,) = tmp_path.glob("*.md")
     assert "| decode-128 | decode_kernel | 16x64 |" in table.read_text()
     (data,) = tmp_path.glob("*.json")
@@ -212,14 +212,26 @@ def test_an_exception_excuses_no_more_than_it_says(monkeypatch: pytest.MonkeyPat
     spills = dataclasses.replace(GOOD, local=8, in_loops=2)
     exempt = Exempt("reason", "sm_90", "decode-128", "decode_kernel", r"3\.9.*")
     monkeypatch.setattr("tests.portability.compiler.EXCEPTIONS", (exempt,))
-    monkeypatch.setattr("tests.portability.compiler.metadata.version", lambda name: "3.9.0")
-    assert excused(spills) == "reason"
-    assert faults(spills) == []
-    assert faults(dataclasses.replace(spills, shared=300_000)) != []
+    assert excused(spills, "3.9.0") == "reason"
+    assert faults(spills, "3.9.0") == []
+    assert faults(dataclasses.replace(spills, shared=300_000), "3.9.0") != []
     for other in ({"target": "sm_100"}, {"case": "decode-128-pieces"}, {"kernel": "combine"}):
-        assert faults(dataclasses.replace(spills, **other)) != []
-    monkeypatch.setattr("tests.portability.compiler.metadata.version", lambda name: "3.6.0")
-    assert faults(spills) != []
+        assert faults(dataclasses.replace(spills, **other), "3.9.0") != []
+    assert faults(spills, "3.6.0") != []
+
+
+def test_parts_of_the_matrix_add_up_to_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for target in ("sm_90", "sm_80"):
+        one = dataclasses.replace(GOOD, target=target)
+        monkeypatch.setattr(portability, "compiled", lambda *_, one=one: [one])
+        portability.main(["--target", target, "--kernel", "decode", "--output", str(tmp_path)])
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    (table,) = tmp_path.glob("*.md")
+    text = table.read_text()
+    assert text.index("## sm_80, 163 KiB") < text.index("## sm_90, 227 KiB")
+    assert re.search(r"^\| sm_80 \| 1 \| 0 \| 0 \| \d+ \| [0-9a-f]{16} \|$", text, re.MULTILINE)
 
 
 def test_a_kernel_that_no_case_launches_is_at_fault(

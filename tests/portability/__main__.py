@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,13 @@ from importlib import metadata
 from pathlib import Path
 
 import triton_fa
+from bench.environment import kernel_digest
 from tests.portability.cases import CASES
-from tests.portability.compiler import Compiled, compiled, faults
+from tests.portability.compiler import Compiled, compiled, excused, faults
 from tests.portability.targets import TARGETS
 
 COLUMNS = ("case", "kernel", "tile", "TMA", "shared", "registers", "local", "in loops")
+SUMMARY = ("target", "launches", "faults", "known", "most shared", "kernel sources")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -59,20 +62,55 @@ def kernel_names() -> set[str]:
     }
 
 
-def markdown(found: Sequence[Compiled], version: str) -> str:
-    """A table for each target; ? is a loop that could not be looked at."""
+def write(found: Sequence[Compiled], folder: Path, arguments: Sequence[str]) -> None:
+    """A file for each target, and tables of all targets whose files of this Triton are there.
+
+    So the matrix can be compiled in parts.
+    """
+    version = metadata.version("triton")
+    folder.mkdir(parents=True, exist_ok=True)
+    for target in dict.fromkeys(c.target for c in found):
+        content = {
+            "triton": version,
+            "command": shlex.join(["python", "-m", "tests.portability", *arguments]),
+            "kernel_digest": kernel_digest(),
+            "launches": [asdict(c) for c in found if c.target == target],
+        }
+        path = folder / f"triton-{version}-{target}.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"triton-{version}.md").write_text(markdown(version, folder))
+
+
+def markdown(version: str, folder: Path) -> str:
+    """What the files of this Triton say: a table of the targets, then one for each."""
+    there: dict[str, tuple[str, list[Compiled]]] = {}
+    for target in TARGETS:
+        path = folder / f"triton-{version}-{target}.json"
+        if path.exists():
+            content = json.loads(path.read_text())
+            there[target] = content["kernel_digest"], [Compiled(**c) for c in content["launches"]]
     parts = [
         f"# Compiled with Triton {version}, not run",
         "Shared memory in bytes a program; registers and bytes of local memory a thread; local "
-        "loads and stores within loops.",
+        "loads and stores within loops, ? where the code could not be read. Known: such loops "
+        "with a reason in `exceptions.py`.",
     ]
-    for target in dict.fromkeys(c.target for c in found):
-        shared = TARGETS[target].facts.shared_memory
-        parts.append(f"## {target}, {shared >> 10} KiB of shared memory")
-        rows = [cells(c) for c in found if c.target == target]
-        lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    lines: list[tuple[str, ...]] = [SUMMARY, ("---",) * len(SUMMARY)]
+    for target, (digest, launches) in there.items():
+        wrong = sum(bool(faults(c, version)) for c in launches)
+        known = sum(bool(c.in_loops and excused(c, version)) for c in launches)
+        counts = (len(launches), wrong, known, max(c.shared for c in launches))
+        lines.append((target, *map(str, counts), digest))
+    parts.append(table(lines))
+    for target, (_, launches) in there.items():
+        shared = TARGETS[target].facts.shared_memory >> 10
+        parts.append(f"## {target}, {shared} KiB of shared memory")
+        parts.append(table([COLUMNS, ("---",) * len(COLUMNS), *map(cells, launches)]))
     return "\n\n".join(parts) + "\n"
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cells(c: Compiled) -> tuple[str, ...]:
@@ -86,12 +124,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     found = compile_all(options)
     version = metadata.version("triton")
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / f"triton-{version}"
-    content = {"triton": version, "launches": [asdict(c) for c in found]}
-    stem.with_name(stem.name + ".json").write_text(json.dumps(content, indent=1) + "\n")
-    stem.with_name(stem.name + ".md").write_text(markdown(found, version))
-    wrong = [text for c in found for text in faults(c)]
+    write(found, options.output, arguments)
+    wrong = [text for c in found for text in faults(c, version)]
     if options.cases == list(CASES) and not options.kernel:
         missed = kernel_names() - {c.kernel for c in found}
         wrong += [f"no case launches it: {name}" for name in sorted(missed)]

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 from unittest import mock
@@ -210,15 +209,15 @@ def misfits(found: Compiled) -> list[str]:
     return [f"too much shared memory: {found}"] if found.shared > limit else []
 
 
-def faults(found: Compiled) -> list[str]:
-    """Why a launch cannot run on its chip, or not well, but for what is known of it."""
-    slow = found.in_loops and not excused(found)
+def faults(found: Compiled, triton: str) -> list[str]:
+    """Why a launch cannot run on its chip, or not well, but for what is known of this Triton."""
+    slow = found.in_loops and not excused(found, triton)
     return misfits(found) + ([f"local memory in a loop: {found}"] if slow else [])
 
 
-def excused(found: Compiled) -> str:
+def excused(found: Compiled, triton: str) -> str:
     """Why local memory in loops of this launch is no fault; empty if it is one."""
-    about = (found.target, found.case, found.kernel, metadata.version("triton"))
+    about = (found.target, found.case, found.kernel, triton)
     return next((e.why for e in EXCEPTIONS if e.covers(*about)), "")
 
 
