@@ -300,4 +300,23 @@ FEATURES |= {
     "merge-splits-to-float16": merge_splits(out_dtype=F16),
     "merge-pair-256-float32": merge_pair(dim=256, dtype=F32),
 }
-CASES = CORE | LARGE | TILES | FEATURES
+# Compiled for Hopper alone, where the kernel that is only there is chosen.
+HOPPER = {
+    f"hopper-{dim}{',128' * (dim == 192)}": prefill(LONG, dim=dim, dim_v=min(dim, 128))
+    for dim in (64, 96, 128, 192)
+}
+HOPPER |= {
+    "hopper-256": prefill(LONG, dim=256),
+    "hopper-256-full": prefill(LONG, dim=256, causal=False),
+    "hopper-128-full": prefill(LONG, causal=False),
+    "hopper-128-float16": prefill(LONG, dtype=F16),
+    "hopper-128-page-16": mixed(most=LONG),
+    "hopper-128-page-64": mixed(most=LONG, page_size=64),
+    "hopper-128-page-256": mixed(most=LONG, page_size=256),
+    "hopper-128-invariant": mixed(most=LONG, batch_invariant=True),
+    "hopper-128-attention-chunk": mixed(most=LONG, attention_chunk=1024),
+    "hopper-128-window": prefill(LONG, window_size=(1024, 0)),
+    "hopper-64-window-sinks": prefill(LONG, dim=64, window_size=(128, 0), sinks=sinks(8)),
+    "hopper-256-softcap": prefill(LONG, dim=256, softcap=50.0, window_size=(4096, 0)),
+}
+CASES = CORE | LARGE | TILES | FEATURES | HOPPER
