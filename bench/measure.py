@@ -1,6 +1,7 @@
 """One workload on several variants: correctness first, then interleaved times."""
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 import triton_fa
+from bench.compilations import compilations
 from bench.counters import cache_bytes, flops, mandatory_bytes
 from bench.environment import clock_and_power, gpu_state
 from bench.inputs import Inputs, make_inputs
@@ -19,6 +21,8 @@ from bench.workloads import Workload
 
 # A chain's caches have to fit beside each other, and only short calls hide in one another.
 CHAIN_CACHE_BYTES = 64 * 2**20
+# torch's allocator counts in these.
+ALLOCATION_BYTES = 512
 
 
 @dataclass
@@ -33,6 +37,10 @@ class Outcome:
     note: str = ""
     launches: int | None = None  # of one layer, or of the schedule where that is all
     plan_launches: int | None = None  # of the schedule that layers share
+    workspace_bytes: int | None = None  # what a call allocates beside its output
+    first_call_s: float | None = None  # of the first call in this process, schedule included
+    compile_s: float | None = None  # of that, what Triton compiled; None: nothing
+    host_us: float | None = None  # of an eager call
 
 
 @dataclass
@@ -63,6 +71,19 @@ class Measurement:
         return [label for label, o in self.outcomes.items() if o.correct is False]
 
 
+def first_call(label: str, inputs: Inputs, outcome: Outcome) -> tuple[Bound, torch.Tensor | None]:
+    """Bind a variant and call it once. What earlier rows compiled or loaded is not paid again."""
+    begin = time.perf_counter()
+    with compilations() as compiled:
+        bound, out = attempt(label, inputs)
+        if inputs.q.is_cuda:
+            torch.cuda.synchronize()
+    outcome.first_call_s = time.perf_counter() - begin
+    outcome.compile_s = sum(compiled) if compiled else None
+    outcome.note = bound.note
+    return bound, out
+
+
 def attempt(label: str, inputs: Inputs) -> tuple[Bound, torch.Tensor | None]:
     bound = bind(VARIANTS[label], inputs)
     if inputs.row.phase == "metadata":
@@ -89,8 +110,7 @@ def measure(
     with triton_fa.strict():
         for label in labels:
             try:
-                bound[label], outs[label] = attempt(label, inputs)
-                outcomes[label].note = bound[label].note
+                bound[label], outs[label] = first_call(label, inputs, outcomes[label])
             except triton_fa.TritonFAError as error:
                 outcomes[label].skipped = str(error)
         reference = outs.get(BASELINE) if against_peer else None
@@ -108,6 +128,8 @@ def measure(
         for label, one_bound in right.items():
             outcomes[label].times = timed[label]
             count_launches(outcomes[label], label, one_bound, inputs)
+            if row.phase != "metadata":
+                outcomes[label].workspace_bytes = workspace_bytes(on(one_bound, inputs))
     del inputs, bound, right
     gc.collect()
     torch.cuda.empty_cache()
@@ -122,6 +144,20 @@ def count_launches(outcome: Outcome, label: str, bound: Bound, inputs: Inputs) -
         outcome.plan_launches = launches(bound.plan) if bound.plan else 0
     elif bound.plan:
         outcome.launches = launches(bound.plan)
+
+
+def workspace_bytes(call: Callable[[], torch.Tensor]) -> int | None:
+    """What one call allocates at its peak beside its output; None without a GPU.
+
+    A log-sum-exp that the call returns or drops counts.
+    """
+    if not torch.cuda.is_available():
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    size = call().untyped_storage().nbytes()
+    allocated = -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
+    return torch.cuda.max_memory_allocated() - before - allocated
 
 
 def single(label: str, calls: list[Callable[[], object]]) -> Callable[[], object]:
@@ -147,7 +183,7 @@ def call_lists(
         caches = rotation(inputs, min(row.layers, copies_for(cache_bytes(row))))
         layers = [on(bound, caches[i % len(caches)]) for i in range(row.layers)]
         return [*([bound.plan] if bound.plan else []), *layers], []
-    one = [on(bound, inputs)]
+    one: list[Callable[[], object]] = [on(bound, inputs)]
     if row.phase != "decode" or cache_bytes(row) > CHAIN_CACHE_BYTES:
         return one, []
     caches = rotation(inputs, copies_for(mandatory_bytes(row)))
@@ -158,7 +194,7 @@ def rotation(inputs: Inputs, copies: int) -> list[Inputs]:
     return [inputs, *(inputs.other_cache() for _ in range(copies - 1))]
 
 
-def on(bound: Bound, inputs: Inputs) -> Callable[[], object]:
+def on(bound: Bound, inputs: Inputs) -> Callable[[], torch.Tensor]:
     return lambda: bound.call(inputs)
 
 
@@ -172,20 +208,25 @@ def time_all(
         return lambda: states[column].append(clock_and_power())
 
     ones: dict[str, Callable[[], object]] = {}
+    plans: dict[str, Callable[[], object]] = {}
     chains: dict[str, Callable[[], object]] = {}
     for label, one_bound in bound.items():
         one, chain = call_lists(row, inputs, one_bound)
         ones[label] = single(label, one)
         if chain:
             chains[label] = single(label, chain)
+        if one_bound.plan and row.phase != "metadata":
+            plans[label] = single(label, [one_bound.plan])
     clean = interleaved(ones, flusher.clean, bursts, watch("clean"))
     dirty = interleaved(ones, flusher.dirty, bursts, watch("dirty"))
     chained = interleaved(chains, flusher.clean, bursts, watch("chain")) if chains else {}
+    scheduled = interleaved(plans, flusher.clean, bursts, lambda: None) if plans else {}
     times = {
         label: Times(
             clean=clean[label],
             dirty=dirty[label],
             chain=tuple(t / CHAIN for t in chained.get(label, ())),
+            schedule=scheduled.get(label, ()),
         )
         for label in bound
     }
@@ -206,10 +247,14 @@ def as_json(measurement: Measurement) -> dict[str, Any]:
                 "clean_us": outcome.times.clean,
                 "dirty_us": outcome.times.dirty,
                 "chain_us": outcome.times.chain,
+                "schedule_us": outcome.times.schedule,
                 "tb_per_s": measurement.terabytes(outcome.times.best("clean")),
                 "tflop_per_s": measurement.teraflops(outcome.times.best("clean")),
                 "launches": outcome.launches,
                 "plan_launches": outcome.plan_launches,
+                "workspace_bytes": outcome.workspace_bytes,
+                "first_call_s": outcome.first_call_s,
+                "compile_s": outcome.compile_s,
                 "deviation": outcome.deviation,
                 "against": outcome.against,
                 "correct": outcome.correct,

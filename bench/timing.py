@@ -37,6 +37,7 @@ class Times:
     clean: tuple[float, ...] = ()
     dirty: tuple[float, ...] = ()
     chain: tuple[float, ...] = ()
+    schedule: tuple[float, ...] = ()  # the scheduling pass alone, with a clean L2
 
     def best(self, column: str) -> float | None:
         bursts: tuple[float, ...] = getattr(self, column)

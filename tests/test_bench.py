@@ -22,11 +22,12 @@ from torch.nn.attention import SDPBackend
 import triton_fa
 from bench import counters, judge, report, sdpa, timing, vllm_triton, workloads
 from bench.__main__ import main, parse, run_rows, write
+from bench.compilations import compilations
 from bench.compile_ahead import commands
 from bench.environment import clock_and_power, kernel_digest
 from bench.inputs import Inputs, make_inputs
 from bench.launches import graph_nodes, launches
-from bench.measure import Measurement, Outcome, as_json, measure
+from bench.measure import Measurement, Outcome, as_json, measure, workspace_bytes
 from bench.timing import ROTATION_BYTES, Flusher, Times, copies_for, ratio
 from bench.variants import VARIANTS, bind
 from bench.workloads import CORE, GRID, LLAMA3_8B, Workload, decode, find, prefill, shrunk
@@ -324,6 +325,47 @@ def test_a_result_row_holds_rates_and_the_state_of_the_gpu(untimed: Flusher) -> 
     assert done["gpu"]["bursts"] == {
         column: [{"mhz": 1980, "watts": 600.0}] * 3 for column in ("clean", "dirty", "chain")
     }
+
+
+def test_a_result_row_holds_the_schedule_and_the_first_call(
+    untimed: Flusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backends that schedule need a GPU: a plan that costs nothing stands in."""
+    monkeypatch.setattr("bench.measure.single", lambda label, calls: calls[0])
+    monkeypatch.setattr(
+        "bench.measure.bind",
+        lambda variant, inputs: dataclasses.replace(bind(variant, inputs), plan=torch.Tensor),
+    )
+    row = dataclasses.replace(shrunk(find("8x512.32/8x128.p16"), top=24), dtype="float32")
+    done = json.loads(json.dumps(as_json(measure(row, ["torch"], untimed, bursts=2))))
+    found = done["variants"]["torch"]
+    assert found["schedule_us"] == [7.0, 7.0]
+    assert 0 < found["first_call_s"] < 60
+    assert found["compile_s"] is None
+
+
+def test_the_workspace_is_what_is_allocated_beside_the_output(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The allocator counts in 512 bytes: an output of 400 takes 512."""
+    memory = {"is_available": True, "memory_allocated": 1000, "max_memory_allocated": 1000 + 512}
+    for name, value in memory.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
+    assert workspace_bytes(lambda: torch.zeros(100)) == 0
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 1000 + 512 + 4096)
+    assert workspace_bytes(lambda: torch.zeros(100)) == 4096
+
+
+def test_compilations_are_those_that_no_cache_had() -> None:
+    triton = pytest.importorskip("triton")
+    before = triton.knobs.compilation.listener
+    with compilations() as seen:
+        listener = triton.knobs.compilation.listener
+        listener(times=SimpleNamespace(total=2_500_000), cache_hit=False, src=None)
+        listener(times=SimpleNamespace(total=1_000), cache_hit=True, src=None)
+    assert seen == [2.5]
+    assert triton.knobs.compilation.listener is before
 
 
 def test_the_gpu_is_read_after_each_burst_and_not_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
