@@ -1,11 +1,15 @@
 """``python -m bench decode|prefill|step|metadata|overhead``: time workloads, print one table.
 
-Needs a CUDA device. Every row is checked before it is timed, and a wrong row makes the exit status
-1. Rows come from workloads.py, methods from timing.py, and the result file, written anew after each
-row, carries both with the GPU, driver, versions, commit, clocks, command and date.
+``report`` and ``compare`` read results instead, and ``first-call`` times new processes; each has a
+``--help`` of its own.
+
+Timing needs a CUDA device. Every row is checked before it is timed, and a wrong row makes the exit
+status 1. Rows come from workloads.py, methods from timing.py, and the result file, written anew
+after each row, carries both with the GPU, driver, versions, commit, clocks, command and date.
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -27,6 +31,8 @@ from bench.variants import BASELINE, VARIANTS, bind
 KINDS = (*workloads.CORE, "overhead")
 # Small calls, where the host's share shows, one of each entry point.
 OVERHEAD_ROWS = ("1x1024.32/8x128.p16", "8x512.32/8x128.p16", "16x1024.32/8x128")
+# Imported when asked for: a machine that measures needs no library that draws.
+OTHERS = {"report": "bench.page", "compare": "bench.compare", "first-call": "bench.first_call"}
 DEFAULT = "triton,3,4"
 # In a step it matters whether layers share a schedule or each makes its own.
 DEFAULT_STEP = "triton,triton-nometa,3,3-nometa,4"
@@ -132,6 +138,9 @@ def write(path: Path, environment_: dict[str, Any], rows: list[dict[str, Any]], 
 
 
 def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in OTHERS:
+        status: int = importlib.import_module(OTHERS[arguments[0]]).main(arguments[1:])
+        return status
     options = parse(arguments)
     rows = rows_of(options)
     if options.list:

@@ -54,10 +54,16 @@ def record(benchmark: Any, flusher: Flusher) -> Any:
             pytest.skip(f"{label}: {outcome.skipped}")
         benchmark.extra_info.update(
             variant=label,
+            bytes=measured.bytes,
+            flops=measured.flops,
             clean_us=outcome.times.best("clean"),
             dirty_us=outcome.times.best("dirty"),
             chain_us=outcome.times.best("chain"),
+            schedule_us=outcome.times.best("schedule"),
+            workspace_bytes=outcome.workspace_bytes,
             deviation=outcome.deviation,
+            against=outcome.against,
+            correct=outcome.correct,
             note=outcome.note,
             gpu=measured.gpu,
         )

@@ -10,6 +10,7 @@ from bench.timing import Times, ratio
 from bench.variants import BASELINE
 
 SMALL_BYTES = 150e6
+TIE = 0.01
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -23,6 +24,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same as a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def microseconds(times: Times) -> str:
@@ -105,8 +113,15 @@ def averages(
             mean, worst = geometric_mean(values), min(values)
             yield (
                 f"{label} over {base}, {column}, {group}: geometric mean {mean:.3f}, "
-                f"least {worst:.2f}, {len(values)} rows"
+                f"least {worst:.2f}, {len(values)} rows ({tally(values)})"
             )
+
+
+def tally(ratios: Sequence[float]) -> str:
+    """Wins, ties and losses, where differences of up to 1 % are a tie."""
+    faster = sum(r > 1 + TIE for r in ratios)
+    slower = sum(r < 1 - TIE for r in ratios)
+    return f"{faster} faster, {len(ratios) - faster - slower} ties, {slower} slower"
 
 
 def step_launches(measurements: Sequence[Measurement]) -> Iterable[str]:
