@@ -1,0 +1,161 @@
+"""``python -m bench first-call``: seconds that the first call of a new process takes.
+
+Beyond torch's import, the CUDA context and the inputs. Cold: the compilers' disk caches are empty.
+Warm: another new process, with the caches that a cold one left. ``--target`` compiles for a chip
+that is not here instead, and times that.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench import environment
+from bench.__main__ import write
+from bench.counters import flops, mandatory_bytes
+from bench.environment import ROOT
+from bench.measure import Measurement, Outcome, as_json
+from bench.report import table
+from bench.variants import VARIANTS
+from bench.workloads import Workload, find
+
+ROWS = ("1x1024.32/8x128.p16", "16x1024.32/8x128")
+LABELS = "triton,4"
+CACHES = ("cold", "warm")
+# Where Triton, CuTe DSL and FA4 keep what they compiled. FA4 keeps it on disk only when asked to.
+FOLDERS = ("TRITON_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
+SETTINGS = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "TRITON_FA_AUTOTUNE_CACHE": "0"}
+# Cases of tests/portability that compile for every chip.
+CASES = ("decode-128", "prefill-128")
+
+
+def child(module: str, *arguments: str, caches: Path, env: Mapping[str, str]) -> list[Any]:
+    """The JSON lines that a module prints in a new process, whose compiler caches are `caches`.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    folders = {name: str(caches / name.lower()) for name in FOLDERS}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**env, **SETTINGS, **folders, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} {' '.join(arguments)}: {done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", '"'))]
+
+
+def fresh(label: str, row: Workload, device: str, repeat: int) -> dict[str, Outcome]:
+    """A backend's outcomes with cold and with warm caches, medians of several processes each."""
+    seen: dict[str, list[dict[str, Any]]] = {cache: [] for cache in CACHES}
+    for _ in range(repeat):
+        with tempfile.TemporaryDirectory() as folder:
+            for cache in CACHES:
+                arguments = (label, row.name, device)
+                found = child("bench.fresh", *arguments, caches=Path(folder), env=os.environ)[-1]
+                if "skipped" in found:
+                    return {label: Outcome(skipped=found["skipped"])}
+                seen[cache].append(found)
+    return {f"{label}, {cache}": summarised(found) for cache, found in seen.items()}
+
+
+def summarised(found: Sequence[dict[str, Any]]) -> Outcome:
+    compiled = [f["compile_s"] for f in found if f["compile_s"] is not None]
+    return Outcome(
+        first_call_s=median(f["first_call_s"] for f in found),
+        compile_s=median(compiled) if compiled else None,
+        note=f"median of {len(found)} processes",
+    )
+
+
+def measure(labels: Sequence[str], device: str, repeat: int) -> list[Measurement]:
+    measurements = []
+    for row in map(find, ROWS):
+        outcomes: dict[str, Outcome] = {}
+        for label in labels:
+            outcomes |= fresh(label, row, device, repeat)
+        measurements.append(Measurement(row, outcomes, mandatory_bytes(row), flops(row)))
+    return measurements
+
+
+def text(measurements: Sequence[Measurement]) -> str:
+    rows = [
+        [m.row.name, label, seconds(o.first_call_s), seconds(o.compile_s), o.skipped]
+        for m in measurements
+        for label, o in m.outcomes.items()
+    ]
+    return table(("row", "backend, caches", "first call s", "of it compiling s", ""), rows)
+
+
+def seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def cross_compiled(target: str) -> str:
+    """What compiling for a chip takes, launch by launch, with an empty and with a full cache."""
+    # Where the interpreter is asked for, jit functions are not compiled.
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        cold, warm = (
+            child("tests.portability.compiler", target, "", *CASES, caches=Path(folder), env=env)
+            for _ in CACHES
+        )
+    for one, other in zip(cold, warm, strict=True):
+        if isinstance(one, dict):
+            if one["error"]:
+                raise RuntimeError(f"{one['case']}, {one['kernel']}: {one['error']}")
+            times = [f"{found['seconds']:.2f}" for found in (one, other)]
+            rows.append([f"{one['case']} {one['kernel']}", *times])
+    return table((f"compiled for {target}, not run", "cold s", "warm s"), rows)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench first-call", description=__doc__)
+    parser.add_argument("--backend", default=LABELS, help=f"a list  [{LABELS}]")
+    parser.add_argument("--repeat", type=int, default=3, help="processes for each number")
+    parser.add_argument("--target", metavar="CHIP", help="compile for CHIP (sm_90, ...) only")
+    parser.add_argument("--commit", default="", help="recorded where git cannot tell")
+    parser.add_argument("--output", type=Path, help="write the result file here")
+    options = parser.parse_args(arguments)
+    options.labels = options.backend.split(",")
+    if unknown := [label for label in options.labels if label not in VARIANTS]:
+        parser.error(f"--backend: expected some of {','.join(VARIANTS)}, got {unknown}")
+    if options.repeat < 1:
+        parser.error(f"--repeat: expected at least 1, got {options.repeat}")
+    if options.target and options.output:
+        parser.error("--output: compiling for another chip is no result to keep")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    if not (options.target or torch.cuda.is_available()):
+        sys.stderr.write("no CUDA device: nothing was measured; --target compiles without one\n")
+        return 3
+    try:
+        if options.target:
+            sys.stdout.write(cross_compiled(options.target) + "\n")
+            return 0
+        where = environment.describe(options.commit)
+        measurements = measure(options.labels, "cuda", options.repeat)
+    except RuntimeError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    if options.output:
+        write(options.output, where, [as_json(m) for m in measurements], asked=len(ROWS))
+    sys.stdout.write(text(measurements) + "\n")
+    return 0
