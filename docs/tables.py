@@ -1,13 +1,14 @@
 """The README's generated tables: ``python docs/tables.py`` rewrites them, ``--check`` compares.
 
 `env` comes from ``triton_fa.env.VARIABLES``; `refused` from the docstrings of the public functions:
-every sentence that says what is refused today.
+every sentence that says what is refused today; `performance` from a committed result.
 """
 
 import argparse
 import inspect
 import re
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +16,7 @@ README = ROOT / "README.md"
 sys.path.insert(0, str(ROOT))
 
 import triton_fa  # noqa: E402  # the checkout's package, wherever this is run from
+from bench.reading import load  # noqa: E402
 from triton_fa.env import VARIABLES  # noqa: E402
 
 FUNCTIONS = (
@@ -24,6 +26,31 @@ FUNCTIONS = (
     "get_scheduler_metadata",
     "flash_attn_combine",
 )
+
+RESULT = ROOT / "bench" / "results" / "exploratory" / "2026-11-20-h200.json"
+TIMES = "\N{MULTIPLICATION SIGN}"
+# What the README calls a row, with × for x, and its name in the result.
+DECODE = {
+    "1x1024 32/8x128": "1x1024.32/8x128.p16",
+    "8x512 32/8x128": "8x512.32/8x128.p16",
+    "4x2048 32/8x128": "4x2048.32/8x128.p16",
+    "64x512 32/8x128": "64x512.32/8x128.p16",
+    "256x64 32/8x128": "256x64.32/8x128.p16",
+    "16x8192 32/8x128": "16x8192.32/8x128.p16",
+    "64x4096 64/8x64": "64x4096.64/8x64.p64",
+    "256…32768 keys, skewed, 32/8x128": "skew32.32/8x128.p16",
+    "16x4096 96/96x128": "16x4096.96/96x128.p16",
+    "8x4096 64/8x64, 8 query tokens": "8x4096.64/8x64.p16.q8",
+}
+PREFILL = {
+    "1x16384 32/8x128 causal": "1x16384.32/8x128",
+    "1x16384 32/8x128 full": "1x16384.32/8x128.full",
+    "16x1024 32/8x128 causal": "16x1024.32/8x128",
+    "1x16384 64/8x64 causal": "1x16384.64/8x64",
+    "1x16384 16/8x256 causal": "1x16384.16/8x256",
+    "2x8192 32/8x128, pages of 128": "2x8192.32/8x128.p128",
+    "2x8192 32/8x128, pages of 16": "2x8192.32/8x128.p16",
+}
 
 
 def env_table() -> str:
@@ -72,7 +99,30 @@ def refused_table() -> str:
     return "\n".join(lines) if len(lines) > 2 else "Nothing is."
 
 
-TABLES = {"env": env_table, "refused": refused_table}
+def performance_table(path: Path = RESULT) -> str:
+    """Ratios of the first block of a copied result that has the row; later blocks are asides."""
+    result = load(path)
+    ratios: dict[str, float] = {}
+    for block in result.blocks:  # those of earlier blocks stay
+        ratios = {name: row["ratio"] for name, row in block.rows.items()} | ratios
+    where = result.environment
+    lines = [
+        f"One {where['gpu']}, bf16, Triton {where['triton']}, beside FlashAttention-3",
+        f"({where['fa3']} with its own metadata) in one process; above 1 is faster than FA3.",
+        "Copied by hand from exploratory runs over several commits",
+        "([data](bench/results/README.md)), wins and losses alike: leads. A full run on one",
+        "commit is still to be made.",
+        "",
+        "| decode (batchxkeys, heads q/kvxdim) | ratio | | prefill | ratio |".replace("x", TIMES),
+        "|---|---|---|---|---|",
+    ]
+    for pair in zip_longest(DECODE.items(), PREFILL.items()):
+        cells = [f"{r[0].replace('x', TIMES)} | {ratios[r[1]]:.2f}" if r else "|" for r in pair]
+        lines.append(f"| {' | | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"env": env_table, "refused": refused_table, "performance": performance_table}
 
 
 def rewritten(text: str) -> str:

@@ -87,6 +87,19 @@ def test_the_refused_table_follows_the_docstrings() -> None:
         assert f"| `{argument}` |" in text
 
 
+def test_the_performance_table_is_what_the_committed_result_says(tmp_path: Path) -> None:
+    made, text = tables(), README.read_text()
+    block = text.partition("<!-- performance:begin -->")[2].partition("<!-- performance:end -->")[0]
+    result = made.RESULT.read_text()
+    shown = re.findall(r"\| (\d+\.\d\d) \|", block)
+    assert len(shown) == len(made.DECODE) + len(made.PREFILL)
+    recorded = re.findall(r'"ratio": (\d+\.\d+)', result)
+    assert {*map(float, shown)} <= {*map(float, recorded)}
+    changed = tmp_path / "result.json"
+    changed.write_text(result.replace('"ratio": 0.66', '"ratio": 0.67'))
+    assert made.performance_table(changed) == block.strip().replace("| 0.66 |", "| 0.67 |")
+
+
 def headings(path: Path) -> set[str]:
     """Anchors as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
