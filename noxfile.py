@@ -138,3 +138,11 @@ def bench(session: nox.Session) -> None:
     """Benchmarks in this environment: ``nox -s bench -- decode --rows b16``."""
     for arguments in [session.posargs] if session.posargs else [["decode"], ["prefill"]]:
         session.run("python", "-m", "bench", *arguments, external=True)
+
+
+@nox.session(default=False)
+def report(session: nox.Session) -> None:
+    """A page of benchmark results in bench-report/: the committed ones, or ``-- FILE...``."""
+    session.install(*CONSTRAINTS, "-e", ".[bench]")
+    results = session.posargs or sorted(map(str, Path("bench", "results").rglob("*.json")))
+    session.run("python", "-m", "bench", "report", *results)

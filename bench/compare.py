@@ -79,7 +79,7 @@ def remarks(a: Result, b: Result, column: str, compared: int) -> list[str]:
     for letter, result in (("A", a), ("B", b)):
         timed = sum(microseconds(o, column) is not None for o in outcomes(result).values())
         if timed > compared:
-            said.append(f"! {timed - compared} times of {letter} have no counterpart")
+            said.append(f"! times of {letter} without a counterpart: {timed - compared}")
     return said
 
 

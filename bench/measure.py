@@ -128,7 +128,7 @@ def measure(
         for label, one_bound in right.items():
             outcomes[label].times = timed[label]
             count_launches(outcomes[label], label, one_bound, inputs)
-            if row.phase != "metadata":
+            if row.phase != "metadata" and flusher.buffer.is_cuda:
                 outcomes[label].workspace_bytes = workspace_bytes(on(one_bound, inputs))
     del inputs, bound, right
     gc.collect()
@@ -146,13 +146,8 @@ def count_launches(outcome: Outcome, label: str, bound: Bound, inputs: Inputs) -
         outcome.launches = launches(bound.plan)
 
 
-def workspace_bytes(call: Callable[[], torch.Tensor]) -> int | None:
-    """What one call allocates at its peak beside its output; None without a GPU.
-
-    A log-sum-exp that the call returns or drops counts.
-    """
-    if not torch.cuda.is_available():
-        return None
+def workspace_bytes(call: Callable[[], torch.Tensor]) -> int:
+    """What one call allocates on the GPU at its peak beside its output; a log-sum-exp counts."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     size = call().untyped_storage().nbytes()

@@ -348,7 +348,7 @@ def test_the_workspace_is_what_is_allocated_beside_the_output(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The allocator counts in 512 bytes: an output of 400 takes 512."""
-    memory = {"is_available": True, "memory_allocated": 1000, "max_memory_allocated": 1000 + 512}
+    memory = {"memory_allocated": 1000, "max_memory_allocated": 1000 + 512}
     for name, value in memory.items():
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
