@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import triton_fa
-from bench import sdpa, vllm_triton
+from bench import masked, sdpa, vllm_triton
 from bench.inputs import Inputs
 
 Attention = Callable[[Inputs], torch.Tensor]
@@ -43,6 +43,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("3-nometa", 3, scheduled=False),
         Variant("4", 4),
         Variant(vllm_triton.LABEL, vllm_triton.LABEL, peer=vllm_triton.bind_attention),
+        Variant(masked.LABEL, masked.LABEL, peer=masked.bind_attention),
         Variant(sdpa.LABEL, sdpa.LABEL, peer=sdpa.bind_attention),
     )
 }

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend
 
 import triton_fa
-from bench import counters, judge, report, sdpa, timing, vllm_triton, workloads
+from bench import counters, judge, masked, report, sdpa, timing, vllm_triton, workloads
 from bench.__main__ import main, parse, run_rows, write
 from bench.compilations import compilations
 from bench.compile_ahead import commands
@@ -717,3 +717,23 @@ def test_cudnn_is_never_replaced_by_another_backend() -> None:
 
 if __name__ == "__main__":
     compile_vllm()
+
+
+@pytest.mark.parametrize("name", ["1x16384.32/8x128", "16x1024.32/8x128", "ragged9.32/8x128"])
+def test_causality_as_a_function_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masked, "BLOCK", 16)
+    inputs = tiny(find(name))
+    assert judge.judge(inputs, bind(VARIANTS[masked.LABEL], inputs).call(inputs)) <= 1e-4
+
+
+def test_causal_lists_hold_half_of_the_blocks() -> None:
+    lists = masked.causal_blocks(find("1x16384.32/8x128"), torch.device("cpu"))
+    assert lists.full_block_cnt is not None
+    assert lists.mask_block_cnt.tolist() == [[[1] * 128]]
+    assert lists.full_block_cnt.tolist() == [[[*range(128)]]]
+
+
+@pytest.mark.parametrize("name", ["16x8192.32/8x128.p16", "1x16384.32/8x128.full"])
+def test_rows_that_are_not_just_causal_are_refused(name: str) -> None:
+    with pytest.raises(triton_fa.UnsupportedError, match="only causal rows over packed keys"):
+        bind(VARIANTS[masked.LABEL], tiny(find(name)))
