@@ -16,7 +16,9 @@ from triton_fa.kernels.primitives import LOG2E, NEG_INF
 from triton_fa.schedule.tiles import next_power_of_2
 
 HELD = 8192
-"""Elements of partial results that one program holds at once."""
+"""Elements of one result that a program merging two holds at once."""
+MANY = 1 << 20
+"""Elements of a result from which on there are programs enough for a chip."""
 ROWS = ("seqlen", "heads", "num_rows", "splits")
 
 
@@ -86,21 +88,20 @@ def merge_splits_kernel(
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     part_row = batch * part_stride_b + token * part_stride_t + head * part_stride_h
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    wide = (dims.to(tl.int64) * part_stride_d)[None, :]
     for start in tl.range(0, splits, BLOCK_P):
-        split = start + tl.arange(0, BLOCK_P).to(tl.int64)
-        some = log_sums(
-            lse_part_ptr,
-            split[:, None] * lse_part_stride_s + lse_row[None, :],
-            (split < splits)[:, None] & real[None, :],
-        )
-        part = tl.load(
-            part_ptr
-            + (split[:, None] * part_stride_s + part_row[None, :])[:, :, None]
-            + (dims.to(tl.int64) * part_stride_d)[None, None, :],
-            mask=(some > NEG_INF)[:, :, None] & (dims < DIM)[None, None, :],
-            other=0.0,
-        )
-        acc += tl.sum(part * tl.exp2(some - base[None, :])[:, :, None], 0)
+        # Written out, so that the loads of several splits are under way together.
+        for nth_here in tl.static_range(BLOCK_P):
+            split = start + tl.full([], nth_here, tl.int64)
+            some = log_sums(
+                lse_part_ptr, split * lse_part_stride_s + lse_row, real & (split < splits)
+            )
+            part = tl.load(
+                part_ptr + (split * part_stride_s + part_row)[:, None] + wide,
+                mask=(some > NEG_INF)[:, None] & (dims < DIM)[None, :],
+                other=0.0,
+            )
+            acc += part * tl.exp2(some - base)[:, None]
     out_row = batch * out_stride_b + token * out_stride_t + head * out_stride_h
     tl.store(
         out_ptr + out_row[:, None] + (dims.to(tl.int64) * out_stride_d)[None, :],
@@ -122,8 +123,9 @@ def merge_splits(
     if num_rows == 0:
         return
     block_d = min(256, next_power_of_2(dim))
-    block_p = min(16, next_power_of_2(splits))
-    block_r = max(1, min(16, HELD // (block_d * block_p)))
+    # Few rows: 16 bytes a thread and split, so that there are programs enough.
+    held = 512 if num_rows * block_d <= MANY else 2048
+    block_r = max(1, held // block_d)
     grid = (-(-num_rows // block_r), max(1, -(-dim // block_d)))
     with _on(out.device):
         merge_splits_kernel[grid](
@@ -143,7 +145,7 @@ def merge_splits(
             BLOCK_D=block_d,
             BLOCK_R=block_r,
             BLOCK_S=next_power_of_2(splits),
-            BLOCK_P=block_p,
+            BLOCK_P=min(8, next_power_of_2(splits)),
             num_warps=4,
         )
 
