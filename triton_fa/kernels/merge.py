@@ -91,8 +91,8 @@ def merge_splits_kernel(
     wide = (dims.to(tl.int64) * part_stride_d)[None, :]
     for start in tl.range(0, splits, BLOCK_P):
         # Written out, so that the loads of several splits are under way together.
-        for nth_here in tl.static_range(BLOCK_P):
-            split = start + tl.full([], nth_here, tl.int64)
+        for here in tl.static_range(BLOCK_P):
+            split = start + tl.full([BLOCK_R], here, tl.int64)
             some = log_sums(
                 lse_part_ptr, split * lse_part_stride_s + lse_row, real & (split < splits)
             )
