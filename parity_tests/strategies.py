@@ -1,18 +1,19 @@
-"""What a legal case is, as hypothesis strategies, and the generated cases of a run.
+"""What a legal case is, as draws from a `random.Random`, and the generated cases of a run.
 
 Two steps. A `Spec` holds the axes that each cost a compilation (dtype, head dims, page size,
 flags): short lists, few specs per run. A `Case` adds what costs nothing (lengths, padding,
 splits): drawn freely, around the edges of pages and tiles.
+
+A run draws from a seeded generator: tens of thousands of cases take seconds. Property tests draw
+the same cases from hypothesis' own generator (`cases`), which shrinks what fails.
 """
 
-import functools
 import itertools
-import random
-from collections.abc import Callable, Hashable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Container
+from dataclasses import dataclass, fields, replace
+from random import Random
 from typing import Any, TypeVar
 
-import hypothesis
 from hypothesis import strategies as st
 
 from parity_tests import features
@@ -24,6 +25,8 @@ T = TypeVar("T")
 # Which entry the specs of a run are for, in turn: decode matters most, dense least.
 TURNS = ("kvcache", "varlen", "dense", "kvcache", "varlen", "kvcache", "varlen", "kvcache")
 TILES = (16, 32, 64, 128)  # rows and keys that kernels take at a time
+SOAK_VARIANTS = 320  # specs of a soak: each is some compilations
+ATTEMPTS = 10_000  # draws for one case
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,18 @@ SMALL = Scale(  # for Triton's interpreter
 )
 
 
-def windows(limit: int) -> st.SearchStrategy[tuple[int | None, int | None]]:
+Window = tuple[int | None, int | None]
+Wanted = frozenset[str] | None  # exactly these `features`; None: whatever comes
+
+
+def _window(pick: Random, limit: int) -> Window:
     """Window sides: unbounded in either spelling, nothing but the key itself, small, wide."""
-    side = st.sampled_from((-1, None, 0, 1, 7, limit // 8, limit // 2))
-    return st.one_of(st.just((-1, -1)), st.tuples(side, side))
+    sides = (-1, None, 0, 1, 7, limit // 8, limit // 2)
+    return pick.choice(((-1, -1), (pick.choice(sides), pick.choice(sides))))
 
 
-@st.composite
-def specs(
-    draw: st.DrawFn,
-    scale: Scale,
-    entries: tuple[str, ...] = ENTRIES,
-    wanted: frozenset[str] | None = None,
+def draw_spec(
+    pick: Random, scale: Scale, entries: tuple[str, ...] = ENTRIES, wanted: Wanted = None
 ) -> Spec:
     """The compile-time axes of a legal call; with `wanted` exactly those `features`.
 
@@ -87,9 +90,9 @@ def specs(
         values = usual
         if wanted is not None:
             values = tuple(v for v in usual if v != off) if feature in wanted else (off,)
-        return draw(st.sampled_from(values))
+        return pick.choice(values)
 
-    entry = draw(st.sampled_from(entries))
+    entry = pick.choice(entries)
     kv_layouts = {
         "kvcache": ("paged", "paged", "batched"),
         "varlen": ("packed", "packed", "paged", "batched"),
@@ -97,17 +100,16 @@ def specs(
     }
     kv_layout = choose("dense cache", kv_layouts[entry], "paged")
     q_layouts = ("batched",) if entry == "dense" else ("packed", "batched")
-    heads_kv = draw(st.sampled_from(scale.heads_kv))
-    head_dim = draw(st.sampled_from(scale.head_dims))
+    heads_kv = pick.choice(scale.heads_kv)
+    head_dim = pick.choice(scale.head_dims)
     dtypes, head_dim_v = ["bfloat16", "bfloat16", "float16"], head_dim
     if wanted is None:
         dtypes.append("float32")
-        other = draw(st.sampled_from(scale.head_dims))
-        head_dim_v = draw(st.sampled_from((head_dim, head_dim, other)))
+        head_dim_v = pick.choice((head_dim, head_dim, pick.choice(scale.head_dims)))
     strides = [s for s in KV_STRIDES if not (s == "split" and kv_layout == "packed")]
-    window = windows(scale.seqlen_k)
-    if wanted is not None:
-        window = window.filter(lambda sides: unbounded(sides) != ("window" in wanted))
+    window = _window(pick, scale.seqlen_k)
+    while wanted is not None and unbounded(window) == ("window" in wanted):
+        window = _window(pick, scale.seqlen_k)
     cached = entry == "kvcache"
     rare = (False, False, False, cached)
     append = choose("append", ("", "", "batched", "packed") if cached else ("",), "")
@@ -116,34 +118,33 @@ def specs(
     chunks = (1, 7, 16, scale.seqlen_k // 20, scale.seqlen_k // 4)
     spec = Spec(
         entry=entry,
-        dtype=draw(st.sampled_from(dtypes)),
-        heads_q=heads_kv * draw(st.sampled_from(scale.groups)),
+        dtype=pick.choice(dtypes),
+        heads_q=heads_kv * pick.choice(scale.groups),
         heads_kv=heads_kv,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         q_layout=choose("packed q", q_layouts, "batched"),
         kv_layout=kv_layout,
-        page_size=draw(st.sampled_from(scale.page_sizes)) if kv_layout == "paged" else 0,
-        kv_strides=draw(st.sampled_from(strides)),
-        q_strided=draw(st.booleans()),
+        page_size=pick.choice(scale.page_sizes) if kv_layout == "paged" else 0,
+        kv_strides=pick.choice(strides),
+        q_strided=pick.choice((False, True)),
         causal=choose("causal", (False, True), False),
-        window=draw(window),
+        window=window,
         softcap=choose("softcap", (0.0, 0.0, 0.0, 15.0, 50.0), 0.0),
         sinks=choose("sinks", (False, False, True), False),
         lse=choose("lse", (True, True, False), False),
         out=choose("out", (False, True), False),
         append=append,
         rotary_dim=rotary_dim,
-        rotary_interleaved=rotary_dim == 0 or draw(st.booleans()),
+        rotary_interleaved=rotary_dim == 0 or pick.choice((False, True)),
         leftpad=choose("leftpad", rare, False),
         batch_idx=choose("batch_idx", rare, False),
         attention_chunk=choose("chunk", (0,) * 10 + chunks, 0),
     )
-    return draw(_scored(spec, scale, wanted))
+    return _scored(pick, spec, scale, wanted)
 
 
-@st.composite
-def _scored(draw: st.DrawFn, spec: Spec, scale: Scale, wanted: frozenset[str] | None) -> Spec:
+def _scored(pick: Random, spec: Spec, scale: Scale, wanted: Wanted) -> Spec:
     """The spec, perhaps with numbers of 8 bits, and with values that scores are made of besides."""
     kinds, second, alone = ["16"] * 6, [False] * 7 + [True], ["", ""]
     if wanted is not None:
@@ -151,71 +152,73 @@ def _scored(draw: st.DrawFn, spec: Spec, scale: Scale, wanted: frozenset[str] | 
         second, alone = ["qv" in wanted], ["bare", "unread"] if "only_qv" in wanted else [""]
     elif spec.rotary_dim == 0:
         kinds += ["float8", *["float8 cache"] * (2 if spec.dtype != "float32" else 0)]
-    kind = draw(st.sampled_from(kinds))
+    kind = pick.choice(kinds)
     changes: dict[str, Any] = {}
     if kind == "float8":  # FlashAttention-3 has one such dtype, and dims of 16
-        changes["dtype"] = FLOAT8[0] if wanted is not None else draw(st.sampled_from(FLOAT8[:2]))
+        changes["dtype"] = FLOAT8[0] if wanted is not None else pick.choice(FLOAT8[:2])
         if wanted is not None:
             dims = [dim for dim in scale.head_dims if dim % 16 == 0]
-            changes["head_dim"] = changes["head_dim_v"] = draw(st.sampled_from(dims))
+            changes["head_dim"] = changes["head_dim_v"] = pick.choice(dims)
     elif kind == "float8 cache":
-        changes["kv_dtype"] = draw(st.sampled_from((FLOAT8[0], *FLOAT8)))
+        changes["kv_dtype"] = pick.choice((FLOAT8[0], *FLOAT8))
     if kind != "float8":
-        changes["qv"] = draw(st.sampled_from(second))
+        changes["qv"] = pick.choice(second)
     if changes.get("qv"):
         if wanted is None and spec.entry != "dense" and not spec.append:
             alone += ["bare", "unread"]
-        changes["only_qv"] = draw(st.sampled_from(alone))
+        changes["only_qv"] = pick.choice(alone)
         dims_of = scale.latent if wanted is not None else (*scale.latent, None)
-        if (pair := draw(st.sampled_from(dims_of))) is not None and spec.rotary_dim <= pair[0]:
+        if (pair := pick.choice(dims_of)) is not None and spec.rotary_dim <= pair[0]:
             changes["head_dim"], changes["head_dim_v"] = pair
     if kind != "16":
         letters = ["", "kv"] if changes.get("qv") else list(DESCALES)
         if wanted is not None:
             letters = [each for each in letters if bool(each) == ("descales" in wanted)]
-        changes["descales"] = draw(st.sampled_from(letters))
+        changes["descales"] = pick.choice(letters)
         if changes["descales"]:
-            changes["descale_strides"] = draw(st.sampled_from(DESCALE_STRIDES))
+            changes["descale_strides"] = pick.choice(DESCALE_STRIDES)
     return replace(spec, **changes)
 
 
-def lengths_around(edges: tuple[int, ...], most: int) -> st.SearchStrategy[int]:
-    """Zero, one, one beside every edge, and anything up to the limit."""
+def _length(pick: Random, edges: tuple[int, ...], most: int) -> int:
+    """Zero, one, one beside every edge, and as often anything up to the limit."""
     near = {0, 1, *(edge + by for edge in edges for by in (-1, 0, 1))}
-    return st.one_of(
-        st.sampled_from(sorted(n for n in near if 0 <= n <= most)), st.integers(0, most)
-    )
+    return pick.choice((pick.choice([n for n in sorted(near) if n <= most]), pick.randint(0, most)))
 
 
-@st.composite
-def cases(
-    draw: st.DrawFn,
-    scale: Scale,
-    spec: st.SearchStrategy[Spec] | None = None,
-    wanted: frozenset[str] | None = None,
+def _q_length(pick: Random, scale: Scale, cached: bool) -> int:
+    """Of a cache mostly decode."""
+    kinds = [pick.randint(0, 5), *[_length(pick, TILES, scale.seqlen_q)] * 2]
+    if cached:
+        kinds += [1, pick.randint(0, 8)]
+    return pick.choice(kinds)
+
+
+def draw_case(
+    pick: Random, chosen: Spec, scale: Scale, wanted: Wanted = None, seed: int = 0
 ) -> Case:
-    """A legal case; `spec` draws the compile-time axes, `wanted` is what it draws them for."""
-    chosen = draw(spec if spec is not None else specs(scale))
+    """A legal case of this spec; `wanted` is what the spec was drawn for."""
     cached, paged = chosen.entry == "kvcache", chosen.kv_layout == "paged"
-    batch = draw(st.integers(1, scale.batch))
-    k_length = lengths_around((*TILES, max(1, chosen.page_size)), scale.seqlen_k)
-    q_length = st.one_of(st.integers(0, 5), lengths_around(TILES, scale.seqlen_q))
-    if cached:  # mostly decode
-        q_length = st.one_of(st.just(1), st.integers(0, 8), q_length)
+    batch = pick.randint(1, scale.batch)
     splits: tuple[int | None, ...] = (None, None, 0, 1, 3)
     if wanted is not None:
-        q_length = q_length.filter(lambda n: n > 1) if "q_len > 1" in wanted else st.just(1)
         splits = (2, 3, 7) if "num_splits" in wanted else (None, 0, 1)
 
-    pad_q = draw(st.sampled_from((0, 0, 3))) if chosen.entry == "varlen" else 0
-    lengths = draw(st.sampled_from(("tensor", "tensor", "int", "none")))
+    def k_length() -> int:
+        return _length(pick, (*TILES, max(1, chosen.page_size)), scale.seqlen_k)
+
+    def q_length() -> int:
+        if wanted is None:
+            return _q_length(pick, scale, cached)
+        return max(2, _q_length(pick, scale, cached)) if "q_len > 1" in wanted else 1
+
+    pad_q = pick.choice((0, 0, 3)) if chosen.entry == "varlen" else 0
+    lengths = pick.choice(("tensor", "tensor", "int", "none"))
     if not cached or (lengths == "none" and (paged or chosen.append)):
         lengths = "tensor"
 
-    def several(length: st.SearchStrategy[int], ragged: bool) -> tuple[int, ...]:
-        if not ragged:
-            return (draw(length),) * batch
-        return tuple(draw(st.lists(length, min_size=batch, max_size=batch)))
+    def several(length: Callable[[], int], ragged: bool) -> tuple[int, ...]:
+        return tuple(length() for _ in range(batch)) if ragged else (length(),) * batch
 
     seqlens_q = several(q_length, chosen.q_layout == "packed" or pad_q > 0)
     seqlens_k = several(k_length, chosen.entry != "dense" and lengths == "tensor")
@@ -223,50 +226,54 @@ def cases(
     new: dict[str, Any] = {}
     if chosen.append:
         seqlens_new = seqlens_q  # as when each query is a new token
-        if draw(st.booleans()) or (chosen.append == "batched" and len(set(seqlens_q)) > 1):
-            seqlens_new = several(st.one_of(st.integers(0, 5), q_length), chosen.append == "packed")
+        if pick.choice((False, True)) or (chosen.append == "batched" and len(set(seqlens_q)) > 1):
+            seqlens_new = several(
+                lambda: pick.choice((pick.randint(0, 5), q_length())), chosen.append == "packed"
+            )
         totals = tuple(map(sum, zip(seqlens_k, seqlens_new, strict=True)))
         if lengths == "tensor" or chosen.append == "packed":
-            overflow = draw(st.sampled_from((0, 0, 0, 1, 9)))
-        tail = draw(st.sampled_from((0, 0, 3))) if chosen.append == "packed" else 0
+            overflow = pick.choice((0, 0, 0, 1, 9))
+        tail = pick.choice((0, 0, 3)) if chosen.append == "packed" else 0
         new = {"seqlens_new": seqlens_new, "overflow": overflow, "tail_new": tail}
     room = max(*seqlens_k, max(totals) - overflow)
     seqlens_q = _within(seqlens_q, totals, scale.work // chosen.heads_q)
-    slack_q = draw(st.sampled_from((0, 0, 1, 100)))
+    slack_q = pick.choice((0, 0, 1, 100))
     if chosen.append:  # the host sees whether there can be more queries than keys
         seqlens_q = tuple(min(n, room) for n in seqlens_q)
         slack_q = min(slack_q, room - max(seqlens_q))
     slack_k = chosen.entry != "dense" and lengths != "none" and not overflow
     case = Case(
-        **asdict(chosen),
+        **{name: getattr(chosen, name) for name in _SPEC_FIELDS},
         **new,
         seqlens_q=seqlens_q,
         seqlens_k=seqlens_k,
-        leftpads=tuple(draw(st.integers(0, min(n, room))) for n in totals if chosen.leftpad),
+        leftpads=tuple(pick.randint(0, min(n, room)) for n in totals if chosen.leftpad),
         lengths=lengths,
-        softmax_scale=draw(st.sampled_from((None, None, 0.3))),
-        num_splits=draw(st.sampled_from(splits)),
+        softmax_scale=pick.choice((None, None, 0.3)),
+        num_splits=pick.choice(splits),
         pad_q=pad_q,
-        pad_k=draw(st.sampled_from((0, 1, 19))) if slack_k else 0,
-        tail_q=draw(st.sampled_from((0, 0, 3))) if chosen.q_layout == "packed" else 0,
+        pad_k=pick.choice((0, 1, 19)) if slack_k else 0,
+        tail_q=pick.choice((0, 0, 3)) if chosen.q_layout == "packed" else 0,
         max_q_slack=slack_q,
-        spare_pages=draw(st.integers(0, 3)) if paged else 0,
-        table_slack=draw(st.integers(0, 3)) if paged and slack_k else 0,
-        spare_rows=draw(st.integers(0, 3)) if chosen.batch_idx else 0,
-        shared_prefix=paged and not chosen.leftpad and draw(st.booleans()),
-        seed=draw(st.integers(0, 2**16)),
+        spare_pages=pick.randint(0, 3) if paged else 0,
+        table_slack=pick.randint(0, 3) if paged and slack_k else 0,
+        spare_rows=pick.randint(0, 3) if chosen.batch_idx else 0,
+        shared_prefix=paged and not chosen.leftpad and pick.choice((False, True)),
+        seed=seed,
     )
-    return draw(_positions(case)) if chosen.rotary_dim else case
+    return _at_positions(pick, case) if chosen.rotary_dim else case
 
 
-@st.composite
-def _positions(draw: st.DrawFn, case: Case) -> Case:
+_SPEC_FIELDS = tuple(field.name for field in fields(Spec))
+
+
+def _at_positions(pick: Random, case: Case) -> Case:
     """The case with positions to rotate at, and angles that may end before them."""
-    least = case.capacity if case.kv_layout == "paged" else draw(st.integers(0, case.capacity))
-    starts = tuple(draw(st.integers(0, 2 * case.capacity)) for _ in range(case.batch))
+    least = case.capacity if case.kv_layout == "paged" else pick.randint(0, case.capacity)
+    starts = tuple(pick.randint(0, 2 * case.capacity) for _ in range(case.batch))
     return case.with_changes(
-        rotary_seqlens=draw(st.sampled_from(((), starts))),
-        rotary_rows=draw(st.sampled_from((0, 0, max(1, least)))),
+        rotary_seqlens=pick.choice(((), starts)),
+        rotary_rows=pick.choice((0, 0, max(1, least))),
     )
 
 
@@ -277,69 +284,80 @@ def _within(seqlens_q: tuple[int, ...], seqlens_k: tuple[int, ...], work: int) -
     return seqlens_q
 
 
+@st.composite
+def cases(draw: st.DrawFn, scale: Scale, entries: tuple[str, ...] = ENTRIES) -> Case:
+    """A legal case, drawn by hypothesis."""
+    pick = draw(st.randoms(use_true_random=False))
+    seed = draw(st.integers(0, 2**16))
+    return draw_case(pick, draw_spec(pick, scale, entries), scale, seed=seed)
+
+
 def pairwise(seed: int, scale: Scale) -> list[Case]:
     """Calls with a cache in which any two features that may go together do."""
-    return list(_pairwise(seed, scale))
-
-
-@functools.cache
-def _pairwise(seed: int, scale: Scale) -> tuple[Case, ...]:
-    found = []
-    for index, wanted in enumerate(features.covering(seed)):
-        chosen = cases(scale, specs(scale, ("kvcache",), wanted), wanted).filter(
-            functools.partial(_shows, wanted)
-        )
-        found += _distinct(chosen, 1, seed * 104_729 + index, key=Case.identity)
-    return tuple(replace(case, seed=seed * 100_003 + 50_000 + i) for i, case in enumerate(found))
-
-
-def _shows(wanted: frozenset[str], case: Case) -> bool:
-    """Whether a case has these features and no others, and keys to see them by."""
-    return features.of(case) - {"paged"} == wanted and min(case.keys) > 8
+    pick = Random(seed)
+    chosen = _specs(pick, scale, _covering(seed))
+    return _spread(pick, len(chosen), chosen, scale, seed * 100_003 + 50_000)
 
 
 def generate(count: int, seed: int, scale: Scale, variants: int) -> list[Case]:
     """`count` different cases over at most `variants` specs: the same ones for the same seed."""
-    variants = max(1, min(variants, count))
-    turns = list(itertools.islice(itertools.cycle(TURNS), variants))
-    chosen: list[Spec] = []
-    for index, entry in enumerate(ENTRIES):
-        strategy = specs(scale, (entry,))
-        chosen += _distinct(strategy, turns.count(entry), seed * 1009 + index, key=lambda s: s)
-
-    found: list[Case] = []
-    for index, spec in enumerate(chosen):
-        share = -(-(count - len(found)) // (len(chosen) - index))
-        strategy = cases(scale, st.just(spec))
-        found += _distinct(strategy, share, seed * 7919 + index, key=Case.identity)
-    return [replace(case, seed=seed * 100_003 + i) for i, case in enumerate(found)]
+    pick = Random(seed)
+    chosen = _specs(pick, scale, _in_turn(max(1, min(variants, count))))
+    return _spread(pick, count, chosen, scale, seed * 100_003)
 
 
-def _distinct(
-    strategy: st.SearchStrategy[T], count: int, seed: int, key: Callable[[T], Hashable]
-) -> list[T]:
-    """The first `count` different draws under a fixed seed."""
-    found: dict[Hashable, Any] = {}
-    for attempt in range(20):
-        if len(found) >= count:
-            break
+def soak(count: int, seed: int, scale: Scale, variants: int = SOAK_VARIANTS) -> list[Case]:
+    """`count` different cases over at most `variants` specs, the first as those of `pairwise`.
 
-        @hypothesis.seed(seed + 1_000_003 * attempt)
-        @hypothesis.settings(
-            max_examples=4 * count + 8,
-            database=None,
-            deadline=None,
-            derandomize=False,
-            phases=[hypothesis.Phase.generate],
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )
-        @hypothesis.given(strategy)
-        def collect(drawn: T) -> None:
-            found.setdefault(key(drawn), drawn)
+    Each spec has an equal share of the cases, so each pair of features has one share at least.
+    """
+    pick = Random(seed)
+    asked = _covering(seed)
+    asked += _in_turn(variants - len(asked))
+    return _spread(pick, count, _specs(pick, scale, asked[:count]), scale, seed * 100_003)
 
-        collect()
-    if len(found) < count:
-        raise RuntimeError(f"only {len(found)} of {count} different cases could be drawn")
-    # Hypothesis begins with the simplest example and stays near what it has drawn: mix.
-    drawn = list(found.values())
-    return random.Random(seed).sample(drawn[1:] if len(drawn) > count else drawn, count)
+
+Asked = tuple[str, Wanted]  # an entry and what else a spec is drawn for
+
+
+def _covering(seed: int) -> list[Asked]:
+    return [("kvcache", wanted) for wanted in features.covering(seed)]
+
+
+def _in_turn(count: int) -> list[Asked]:
+    turns = itertools.islice(itertools.cycle(TURNS), max(0, count))
+    return [(entry, None) for entry in turns]
+
+
+def _specs(pick: Random, scale: Scale, asked: list[Asked]) -> dict[Spec, Wanted]:
+    """A different spec for each, and the features that it was drawn for."""
+    found: dict[Spec, Wanted] = {}
+    for entry, wanted in asked:
+        while (spec := draw_spec(pick, scale, (entry,), wanted)) in found:
+            pass
+        found[spec] = wanted
+    return found
+
+
+def _spread(
+    pick: Random, count: int, specs: dict[Spec, Wanted], scale: Scale, seed: int
+) -> list[Case]:
+    """`count` different cases, spread evenly over the specs; their seeds follow each other."""
+    found: dict[Case, None] = {}  # as drawn, all with seed 0: in order, and no two alike
+    for index, (spec, wanted) in enumerate(specs.items()):
+        share = -(-(count - len(found)) // (len(specs) - index))
+        for _ in range(share):
+            found[_another(pick, spec, scale, wanted, found)] = None
+    return [replace(case, seed=seed + i) for i, case in enumerate(found)]
+
+
+def _another(
+    pick: Random, spec: Spec, scale: Scale, wanted: Wanted, found: Container[Case]
+) -> Case:
+    """A case that is not among those found, with the wanted features and keys to see them by."""
+    for _ in range(ATTEMPTS):
+        case = draw_case(pick, spec, scale, wanted)
+        shown = wanted is None or (features.of(case) - {"paged"} == wanted and min(case.keys) > 8)
+        if shown and case not in found:
+            return case
+    raise RuntimeError(f"no other case in {ATTEMPTS} draws for {spec}")

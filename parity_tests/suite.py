@@ -33,6 +33,7 @@ class Options:
     device: Device
     vers: tuple[Ver, ...] = VERS
     generated: int = 200  # beside those that cover the pairs of features
+    soak: int = 0  # instead of both, this many cases over hundreds of specs
     seed: int = 0
     named_only: bool = False
     pattern: str = ""  # only cases whose label contains this
@@ -46,13 +47,21 @@ def plan(options: Options) -> list[Case]:
     """The cases of a run, named ones first."""
     interpreted = options.device.interpreted
     cases = named.small() if interpreted else named.full()
-    if not options.named_only and options.generated > 0:
-        scale = strategies.SMALL if interpreted else strategies.FULL
+    scale = strategies.SMALL if interpreted else strategies.FULL
+    if options.soak:
+        variants = max(options.variants, strategies.SOAK_VARIANTS)
+        cases += strategies.soak(options.soak, options.seed, scale, variants)
+    elif not options.named_only and options.generated > 0:
         cases += strategies.pairwise(options.seed, scale)
         cases += strategies.generate(options.generated, options.seed, scale, options.variants)
     chosen = [case for case in cases if options.pattern.lower() in case.label.lower()]
-    index, count = options.shard
-    return chosen[index - 1 :: count]
+    return _share(chosen, *options.shard)
+
+
+def _share(cases: list[Case], index: int, count: int) -> list[Case]:
+    """Whole specs, so that no two shares compile the same kernels."""
+    mine = {*list(dict.fromkeys(case.spec for case in cases))[index - 1 :: count]}
+    return [case for case in cases if case.spec in mine]
 
 
 @dataclass

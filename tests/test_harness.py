@@ -967,13 +967,36 @@ def test_generated_cases_are_distinct_and_follow_the_seed() -> None:
     assert max(case.work for case in first) <= strategies.FULL.work
 
 
-def test_shards_are_disjoint_and_together_everything() -> None:
+def test_a_soak_is_large_and_covers_every_pair_often() -> None:
+    count = 20_000
+    cases = strategies.soak(count, 1, strategies.FULL)
+    assert len({case.identity() for case in cases}) == count
+    assert len({case.spec for case in cases}) >= 300
+    pairs = features.coverage(cases)["pairs"]
+    assert len(pairs) == math.comb(len(features.FEATURES), 2) - len(features.APART)
+    assert min(pairs.values()) >= 20
+    assert max(case.work for case in cases) <= strategies.FULL.work
+
+
+@pytest.mark.parametrize("scale", [strategies.SMALL, strategies.FULL], ids=["small", "full"])
+def test_a_soak_follows_the_seed(scale: strategies.Scale) -> None:
+    first = strategies.soak(500, 3, scale)
+    assert first == strategies.soak(500, 3, scale)
+    other = strategies.soak(500, 4, scale)
+    assert not {case.identity() for case in first} & {case.identity() for case in other}
+
+
+@pytest.mark.parametrize("asked", [{"generated": 10}, {"soak": 400}], ids=str)
+def test_shards_are_disjoint_and_together_everything(asked: dict[str, int]) -> None:
     def plan(*shard: int) -> list[Case]:
-        return suite.plan(suite.Options(CPU, generated=10, shard=shard))
+        return suite.plan(suite.Options(CPU, shard=shard, **asked))
 
     shares = [plan(i, 3) for i in (1, 2, 3)]
     assert sorted(repr(case) for share in shares for case in share) == sorted(map(repr, plan(1, 1)))
-    assert all(shares)
+    specs = [{case.spec for case in share} for share in shares]
+    assert all(specs)
+    assert sum(map(len, specs)) == len(set().union(*specs)), "two shares compile the same kernels"
+    assert max(map(len, shares)) < 2 * min(map(len, shares))
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2"])
