@@ -2,16 +2,22 @@
 
 An entry widens the budget of the cases it applies to, or says why they are not launched at all. A
 result inside the ordinary budget still counts as agreement: no entry is needed to pass.
+
+Each entry has a case of its own, which is part of every run whose backends it covers. Whether the
+difference still exists is judged by that case alone: `applies` is an upper bound, so that other
+cases may well agree. An entry that is outlived fails the run (`suite.occurred`).
 """
 
 import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from parity_tests import named
 from parity_tests.budgets import Limits
 from parity_tests.cases import Case, unbounded
 
@@ -32,9 +38,15 @@ class Difference:
     reason: str
     where: str  # who says so, or how it was seen
     applies: Callable[[Case, Any], bool]
+    case: Case  # that shows it
     widen: Callable[[Limits, Case], Limits] = _same
     kind: str = BUDGET
     needs_clean_inputs: bool = False  # True: zeros in place of NaN, page 0 in place of garbage
+
+    @cached_property
+    def own_case(self) -> Case:
+        """The case that shows it, by a name."""
+        return self.case if self.case.name else self.case.with_changes(name=f"known: {self.id}")
 
 
 def has_empty_rows(case: Case) -> bool:
@@ -82,6 +94,10 @@ def _truncation(limits: Limits, case: Case) -> Limits:
     return dataclasses.replace(limits, lse_atol=limits.lse_atol + size * 2.0**-7)
 
 
+def _named(name: str) -> Case:
+    return next(case for case in named.full() if case.name == name)
+
+
 DIFFERENCES = (
     Difference(
         id="interpreter-truncates-bfloat16",
@@ -92,6 +108,7 @@ DIFFERENCES = (
             and case.out_dtype == "bfloat16"
             and os.environ.get("TRITON_INTERPRET") == "1"
         ),
+        case=Case(**named.PACKED, seqlens_q=(128,), seqlens_k=(64,), softmax_scale=0.01),
         widen=_truncation,
     ),
     Difference(
@@ -100,6 +117,7 @@ DIFFERENCES = (
         " page ids of unused table entries are loaded",
         where="Dao-AILab/flash-attention#2374; FA4 4.0.0b36 documents it for the tail page",
         applies=lambda _case, ver: ver in (FA3, FA4),
+        case=Case(**named.BATCHED, seqlens_q=(1,), seqlens_k=(5,), pad_k=19),
         needs_clean_inputs=True,
     ),
     Difference(
@@ -107,6 +125,14 @@ DIFFERENCES = (
         reason="softcap uses the hardware's approximate tanh",
         where="hopper/utils.h and flash_attn/cute/utils.py: tanh.approx.f32",
         applies=lambda case, ver: ver in (FA3, FA4) and case.softcap > 0,
+        case=Case(
+            **named.PACKED,
+            seqlens_q=(300,),
+            seqlens_k=(2,),
+            heads_q=8,
+            softcap=50.0,
+            softmax_scale=0.3,
+        ),
         widen=_fast_tanh_lse,
     ),
     Difference(
@@ -114,6 +140,7 @@ DIFFERENCES = (
         reason="a tile without any key block writes lse -inf and leaves the sink out",
         where="hopper/epilogue_fwd.hpp store_zero, as built in sgl-kernel",
         applies=lambda case, ver: ver == FA3 and case.sinks and has_empty_rows(case),
+        case=_named("zero lengths, varlen, sinks"),
         widen=_accept_empty_lse(-float("inf")),
     ),
     Difference(
@@ -123,6 +150,7 @@ DIFFERENCES = (
         applies=lambda case, ver: (
             ver == FA3 and case.kv_layout != "paged" and case.capacity == 0 and sum(case.new) == 0
         ),
+        case=Case(**named.BATCHED, seqlens_q=(1, 1), seqlens_k=(0, 0)),
         widen=_accept_empty_lse(float("inf")),
     ),
     Difference(
@@ -130,6 +158,7 @@ DIFFERENCES = (
         reason="sinks are staged in 64 shared-memory entries without a check: reads out of bounds",
         where="hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, as built in sgl-kernel",
         applies=lambda case, ver: ver == FA3 and case.sinks and case.heads_q > 64,
+        case=Case(heads_q=66, sinks=True),
         kind=INCOMPARABLE,
     ),
     Difference(
@@ -138,6 +167,13 @@ DIFFERENCES = (
         " their tile",
         where="hopper/block.h get_n_block_k_new_min_max, hopper/mainloop_fwd_*.hpp store_kv_new",
         applies=lambda case, ver: ver == FA3 and may_hide_new_keys(case),
+        case=Case(
+            q_layout="packed",
+            append="packed",
+            seqlens_q=(0, 1),
+            seqlens_k=(5, 5),
+            seqlens_new=(1, 1),
+        ),
         widen=lambda limits, _case: dataclasses.replace(limits, hidden_keys_may_be_missing=True),
     ),
     Difference(
@@ -147,6 +183,7 @@ DIFFERENCES = (
         applies=lambda case, ver: (
             ver == FA3 and sum(case.ends) < sum(case.seqlens_k) + sum(case.new)
         ),
+        case=Case(**named.BATCHED, append="packed", seqlens_new=(2,), overflow=1),
         kind=INCOMPARABLE,
     ),
     Difference(
@@ -154,6 +191,13 @@ DIFFERENCES = (
         reason="positions behind the last row of rotary_cos are read from behind it",
         where="hopper/rotary.h load_cos_sin: compared with the length of the sequence only",
         applies=lambda case, ver: ver == FA3 and 0 < case.rotary_rows < case.rotary_end,
+        case=Case(
+            **named.BATCHED,
+            append="batched",
+            seqlens_new=(1,),
+            rotary_dim=16,
+            rotary_rows=8,
+        ),
         kind=INCOMPARABLE,
     ),
     Difference(
@@ -163,6 +207,13 @@ DIFFERENCES = (
         applies=lambda case, ver: (
             ver == FA3
             and any(pad > n for pad, n in zip(case.leftpads, case.seqlens_k, strict=False))
+        ),
+        case=Case(
+            append="batched",
+            seqlens_k=(2,),
+            seqlens_new=(4,),
+            leftpad=True,
+            leftpads=(3,),
         ),
         kind=INCOMPARABLE,
     ),
@@ -177,6 +228,7 @@ DIFFERENCES = (
             and 128 < case.head_dim < 256
             and _on_hopper()
         ),
+        case=Case(head_dim=160, head_dim_v=160),
         kind=CRASH,
     ),
     Difference(
@@ -186,6 +238,7 @@ DIFFERENCES = (
         applies=lambda case, ver: (
             ver == FA4 and case.head_dim_v > max(128, case.head_dim) and _on_hopper()
         ),
+        case=Case(head_dim=96, head_dim_v=192),
         kind=CRASH,
     ),
     Difference(
@@ -193,6 +246,7 @@ DIFFERENCES = (
         reason="rows beyond seqused_q may be written as zeros",
         where="flash_attn/cute/interface.py 4.0.0b36",
         applies=lambda case, ver: ver == FA4 and case.out and case.pad_q + case.tail_q > 0,
+        case=_named("llama3-8b prefill fp16, seqused"),
         widen=lambda limits, _case: dataclasses.replace(limits, padding_may_be_written=True),
     ),
 )

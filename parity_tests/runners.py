@@ -16,7 +16,7 @@ import triton_fa
 from parity_tests.budgets import Limits, Measures, Result, Truth, judge
 from parity_tests.caches import Appended, Caches, at
 from parity_tests.cases import Case
-from parity_tests.known_differences import BUDGET, CRASH, known
+from parity_tests.known_differences import BUDGET, CRASH, Difference, known
 from parity_tests.poison import poisoned_allocations
 from triton_fa import dispatch
 from triton_fa.errors import BackendUnavailableError, UnsupportedError
@@ -153,7 +153,10 @@ def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outco
     """Run a prepared case on one backend and judge it."""
     case = prepared.case
     entries = known(case, ver)
-    poison = not any(entry.needs_clean_inputs for entry in entries)
+    # An entry's own case shows what happens without it.
+    clean = [entry for entry in entries if entry.needs_clean_inputs]
+    unclean = tuple(entry.id for entry in clean if entry.own_case == case)
+    poison = len(clean) == len(unclean)
     for entry in entries:
         if entry.kind == BUDGET:
             continue
@@ -190,16 +193,24 @@ def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outco
     measures, problems = judge(case, result, prepared.truth, limits)
     if not problems:
         return outcome(AGREES, measures=measures)
-    used = []
+    used = [entry for entry in entries if entry.widen(limits, case) != limits]
+    measures, remaining = judge(case, result, prepared.truth, _wider(limits, case, used))
+    if unclean:
+        return outcome(KNOWN, *problems, measures=measures, differences=unclean)
+    if remaining:
+        return outcome(FAILED, *remaining, measures=measures)
+    for entry in tuple(used):  # only what was needed is named
+        others = [other for other in used if other != entry]
+        if not judge(case, result, prepared.truth, _wider(limits, case, others))[1]:
+            used = others
+    needed = tuple(entry.id for entry in used)
+    return outcome(KNOWN, *problems, measures=measures, differences=needed)
+
+
+def _wider(limits: Limits, case: Case, entries: list[Difference]) -> Limits:
     for entry in entries:
-        wider = entry.widen(limits, case)
-        if wider != limits:
-            limits = wider
-            used.append(entry.id)
-    measures, remaining = judge(case, result, prepared.truth, limits)
-    if not remaining:
-        return outcome(KNOWN, *problems, measures=measures, differences=tuple(used))
-    return outcome(FAILED, *remaining, measures=measures)
+        limits = entry.widen(limits, case)
+    return limits
 
 
 class _Accepted(Exception):  # noqa: N818  # raised where a call would be launched

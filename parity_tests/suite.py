@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from parity_tests import named, strategies
 from parity_tests.cases import Case, Spec
 from parity_tests.device import Device
-from parity_tests.known_differences import FA4
+from parity_tests.known_differences import DIFFERENCES, FA4
 from parity_tests.model_case import CannotRunError
 from parity_tests.runners import (
     CONTEXT_LOST,
     FAILED,
     NOT_RUN,
+    OWN,
     UNAVAILABLE,
     VERS,
     Call,
@@ -41,12 +42,14 @@ class Options:
     variants: int = 20  # distinct specs among the generated cases: each is some compilations
     fa4_variants: int = 5  # of those, how many FA4 compiles: 2 to 5 seconds each
     require_peers: bool = False
+    strict_known: bool = True  # a known difference that is outlived fails the run
 
 
 def plan(options: Options) -> list[Case]:
     """The cases of a run, named ones first."""
     interpreted = options.device.interpreted
     cases = named.small() if interpreted else named.full()
+    cases = list(dict.fromkeys(cases + own_cases(options)))
     scale = strategies.SMALL if interpreted else strategies.FULL
     if options.soak:
         variants = max(options.variants, strategies.SOAK_VARIANTS)
@@ -56,6 +59,16 @@ def plan(options: Options) -> list[Case]:
         cases += strategies.generate(options.generated, options.seed, scale, options.variants)
     chosen = [case for case in cases if options.pattern.lower() in case.label.lower()]
     return _share(chosen, *options.shard)
+
+
+def own_cases(options: Options) -> list[Case]:
+    """The cases that show the known differences of the backends that can run here."""
+    runs = [ver for ver in options.vers if ver in OWN or not options.device.interpreted]
+    return [
+        entry.own_case
+        for entry in DIFFERENCES
+        if any(entry.applies(entry.own_case, ver) for ver in runs)
+    ]
 
 
 def _share(cases: list[Case], index: int, count: int) -> list[Case]:
@@ -156,8 +169,28 @@ class Run:
         missing = sorted({str(o.ver) for o in self.outcomes if o.verdict == UNAVAILABLE})
         if missing and self.options.require_peers:
             return False, f"FAILED: peers are required, but {', '.join(missing)} could not run"
+        outlived = [id_ for id_, shown in occurred(self.outcomes).items() if not shown]
+        if outlived and self.options.strict_known:
+            return False, f"FAILED: known differences that did not occur: {', '.join(outlived)}"
         peers = f"; could not run: {', '.join(missing)}" if missing else ""
         return True, f"passed: {ran} comparisons within budget{peers}"
+
+
+def occurred(outcomes: list[Outcome]) -> dict[str, bool]:
+    """Of each known difference that can be judged, whether it occurred in its own case.
+
+    Judged only where that case ran on every backend that the entry covers: what a share or another
+    chip did not run says nothing. One backend where it occurred is enough.
+    """
+    found = {(outcome.case, outcome.ver): outcome for outcome in outcomes if outcome.ran}
+    judged = {}
+    for entry in DIFFERENCES:
+        case = entry.own_case
+        covered = [found.get((case, ver)) for ver in VERS if entry.applies(case, ver)]
+        ran = [outcome for outcome in covered if outcome is not None]
+        if covered and len(ran) == len(covered):
+            judged[entry.id] = any(entry.id in outcome.differences for outcome in ran)
+    return judged
 
 
 def none_run(case: Case, vers: Iterable[Ver], verdict: str, *reasons: str) -> Iterator[Outcome]:

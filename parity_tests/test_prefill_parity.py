@@ -3,7 +3,7 @@
 import hypothesis
 import pytest
 
-from parity_tests import named, strategies
+from parity_tests import named, strategies, suite
 from parity_tests.cases import Case
 from parity_tests.conftest import DEVICE, check
 from parity_tests.runners import VERS, Ver
@@ -26,3 +26,14 @@ def test_named_prefill_agrees_in_plain_torch(case: Case) -> None:
 @pytest.mark.parametrize("case", NAMED[:: 4 if DEVICE.interpreted else 1], ids=lambda c: c.name)
 def test_named_prefill_agrees_in_triton(case: Case) -> None:
     check(case, "triton")
+
+
+OWN_CASES = suite.own_cases(suite.Options(DEVICE))
+
+
+@pytest.mark.parametrize("case", OWN_CASES, ids=lambda case: case.name)
+def test_known_differences_occur(case: Case) -> None:
+    run = suite.Run(suite.Options(DEVICE))
+    run.go([case])
+    assert not run.failures
+    assert all(suite.occurred(run.outcomes).values()), [o.describe() for o in run.outcomes]

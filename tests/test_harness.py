@@ -817,6 +817,7 @@ CRASH = known_differences.Difference(
     reason="it crashes",
     where="here",
     applies=lambda _case, ver: ver == "torch",
+    case=CASE,
     kind=known_differences.CRASH,
 )
 
@@ -1109,6 +1110,86 @@ def test_every_known_difference_says_why_and_where() -> None:
             case = CASE.with_changes(sinks=True, softcap=5.0, out=True, dtype=dtype)
             assert not entry.applies(case, "triton")
             assert not entry.applies(case, "torch")
+
+
+@pytest.mark.parametrize("entry", known_differences.DIFFERENCES, ids=lambda entry: entry.id)
+def test_every_known_difference_covers_its_own_case(entry: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(known_differences, "_on_hopper", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = entry.own_case
+    assert case.name
+    assert any(entry.applies(case, ver) for ver in suite.VERS)
+    if case.work < 2**17:  # the others are named cases, which are known to have an exact result
+        assert run_backend(Prepared.of(case, "cpu"), "torch", exact).verdict == AGREES
+
+
+def known_run(entry_id: str, call: Any, vers: Any, **options: Any) -> suite.Run:
+    """A run of the own case of a known difference, on a GPU as far as its options say."""
+    entry = next(e for e in known_differences.DIFFERENCES if e.id == entry_id)
+    return run_of(call, [entry.own_case], vers=vers, **options)
+
+
+def infinite(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+    out, lse = exact(case, arguments)
+    return out, torch.full_like(lse, math.inf)
+
+
+def test_a_known_difference_that_does_not_occur_fails_the_run() -> None:
+    id_ = "fa3-empty-key-tensor"
+    assert known_run(id_, infinite, (3,)).verdict()[0]
+    outlived = known_run(id_, exact, (3,))
+    assert suite.occurred(outlived.outcomes) == {id_: False}
+    assert outlived.verdict() == (False, f"FAILED: known differences that did not occur: {id_}")
+    assert known_run(id_, exact, (3,), strict_known=False).verdict()[0]
+
+
+def test_a_known_difference_is_judged_only_by_its_own_case_on_all_of_its_backends() -> None:
+    other = known_differences.known(CASE.with_changes(sinks=True), 3)
+    assert "fa3-sink-without-key-block" in {entry.id for entry in other}
+    assert run_of(exact, [CASE.with_changes(sinks=True)], vers=(3,)).verdict()[0]
+    assert known_run("fast-tanh", exact, (3,)).verdict()[0], "FA4 has it, too, and did not run"
+    assert not known_run("fast-tanh", exact, (3, 4)).verdict()[0]
+
+    def capped(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        out, lse = exact(case, arguments)
+        return out, lse + 0.01 * (ver == 3)
+
+    assert known_run("fast-tanh", capped, (3, 4)).verdict()[0]
+
+
+def test_poison_is_excused_only_where_it_shows_what_is_known() -> None:
+    id_ = "unused-slots-must-be-finite"
+
+    def careless(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+        out, lse = exact(case, arguments)
+        return out + 0 * arguments["v_cache"].sum().to(out.dtype), lse
+
+    shown = known_run(id_, careless, (3, 4))
+    assert [o.differences for o in shown.outcomes] == [(id_,), (id_,)]
+    assert shown.verdict()[0]
+    assert not known_run(id_, exact, (3, 4)).verdict()[0]
+    assert not known_run(id_, careless, ("triton",)).verdict()[0]
+    twin = shown.outcomes[0].case.with_changes(name="")
+    assert run_of(careless, [twin], vers=(3, 4)).outcomes[0].verdict == AGREES
+
+
+def test_only_the_differences_that_were_needed_are_named() -> None:
+    case = CASE.with_changes(sinks=True, softcap=50.0)
+    empty = (slice(None), slice(5, 14))
+    without = judged(case, lambda o, s: (o, with_value(s, empty, -math.inf)), ver=3)
+    assert without.differences == ("fa3-sink-without-key-block",)
+    both = judged(case, lambda o, s: (o, with_value(s + 0.01, empty, -math.inf)), ver=3)
+    assert both.differences == ("fast-tanh", "fa3-sink-without-key-block")
+
+
+def test_a_plan_has_the_own_cases_of_what_can_run() -> None:
+    gpu = device_module.Device("cuda", interpreted=False)
+    names = {case.name for case in suite.plan(suite.Options(gpu, named_only=True))}
+    assert {"known: fast-tanh", "known: fa3-empty-key-tensor"} <= names
+    names = {case.name for case in suite.plan(suite.Options(gpu, vers=(4,), named_only=True))}
+    assert "known: fast-tanh" in names
+    assert "known: fa3-empty-key-tensor" not in names
+    assert not [c for c in suite.plan(suite.Options(CPU)) if c.name.startswith("known")]
 
 
 def test_truncated_bfloat16_is_excused_in_the_interpreter_alone(monkeypatch: Any) -> None:
