@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from parity_tests.cases import Case
     from parity_tests.runners import Outcome
     from parity_tests.suite import Options, Run
     from parity_tests.workers import State, Worker
@@ -41,7 +42,7 @@ class Shard(click.ParamType):
         return int(first), int(last)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--cases",
     "generated",
@@ -50,6 +51,13 @@ class Shard(click.ParamType):
     help=f"Generated cases, beside those that cover all pairs of features; 0: none of both"
     f"  [default: {GENERATED_ON_GPU} on a GPU, {GENERATED_INTERPRETED} in the interpreter]",
 )
+@click.option(
+    "--soak",
+    type=click.IntRange(0),
+    default=0,
+    help="Instead of them this many cases over hundreds of variants.",
+)
+@click.option("--plan-only", is_flag=True, help="Say what would run, and run nothing.")
 @click.option("--seed", default=0, show_default=True, help="Decides the generated cases.")
 @click.option(
     "--backend",
@@ -95,15 +103,24 @@ class Shard(click.ParamType):
     show_default=True,
     help="The i-th of n equal shares of the cases, as i/n.",
 )
+@click.option(
+    "--strict-known/--no-strict-known",
+    default=True,
+    show_default=True,
+    help="Fail if a known difference does not occur in the case that shows it.",
+)
 @click.option("--repro", is_flag=True, help="Print code that runs each failed case again.")
 @click.option("--worker", type=click.Path(path_type=Path), hidden=True)
+@click.pass_context
 def main(
+    context: click.Context,
     generated: int | None,
     seed: int,
     backends: tuple[str, ...],
     output: Path,
     device_name: str | None,
     repro: bool,
+    plan_only: bool,
     worker: Path | None,
     **options: Any,
 ) -> None:
@@ -113,15 +130,21 @@ def main(
     Triton's interpreter on scaled-down cases. The cases run in a process of their own: a backend
     that crashes it fails that case, and another process goes on with the rest.
     """  # fmt: skip
-    state_folder = worker or _new_folder(output)
-    first = None if worker else start_worker(state_folder)  # both import torch at the same time
+    if context.invoked_subcommand:
+        return
+    if options["soak"] and (generated is not None or options["named_only"]):
+        raise click.UsageError("--soak makes all generated cases: not with --cases or --named-only")
+    alone = bool(worker) or plan_only  # else both processes import torch at the same time
+    state_folder = worker or (Path() if plan_only else _new_folder(output))
+    first = None if alone else start_worker(state_folder)
     device_module = importlib.import_module("parity_tests.device")
     try:
         device = device_module.settle(device_name)
     except RuntimeError as error:
         if worker:
             sys.exit(1)  # the parent says the same
-        shutil.rmtree(state_folder)
+        if not alone:
+            shutil.rmtree(state_folder)
         raise click.ClickException(str(error)) from error
     # Only now: these import triton_fa, and the interpreter must be on before triton is imported.
     suite = importlib.import_module("parity_tests.suite")
@@ -135,6 +158,9 @@ def main(
         device=device, generated=generated, seed=seed, vers=vers or suite.VERS, **options
     )
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if plan_only:
+        _describe(suite.plan(chosen), console)
+        return
     state = workers.State(state_folder)
     if first is None:
         _work(state, chosen, console)
@@ -160,6 +186,53 @@ def main(
     passed, sentence = run.verdict()
     console.print(f"[{'bold green' if passed else 'bold red'}]{escape(sentence)}[/]")
     sys.exit(0 if passed else 1)
+
+
+@main.command("merge")
+@click.argument(
+    "reports",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Folder of the joint report.",
+)
+@click.option("--strict-known/--no-strict-known", default=True, show_default=True)
+def merge_reports(reports: tuple[Path, ...], output: Path, strict_known: bool) -> None:
+    """Join REPORTS (parity.json of shares or of whole runs) into one.
+
+    All must be of the same sources, versions and GPU. What several of them ran counts once. Exits
+    with 1 if the joint report fails, as it does if a share of a run is missing.
+    """
+    merge = importlib.import_module("parity_tests.merge")
+    report = importlib.import_module("parity_tests.report")
+    command = shlex.join(["python", "-m", "parity_tests", *sys.argv[1:]])
+    try:
+        data = merge.merge(list(reports), command, strict_known)
+    except merge.CannotJoinError as error:
+        raise click.ClickException(str(error)) from error
+    for path in report.save(data, output):
+        print(f"wrote {path}")
+    for ver, found in data["counts"].items():
+        print(f"{ver}: " + ", ".join(f"{name} {count}" for name, count in found.items()))
+    print(data["verdict"])
+    sys.exit(0 if data["passed"] else 1)
+
+
+def _describe(cases: list["Case"], console: Console) -> None:
+    """How many cases there are, how different, and which pair of features has the fewest."""
+    features = importlib.import_module("parity_tests.features")
+    identities = {case.identity() for case in cases}
+    specs = {case.spec for case in cases}
+    console.print(f"{len(cases)} cases, {len(identities)} of them different but for the seed")
+    console.print(f"{len(specs)} compile-time variants")
+    pairs = features.coverage(cases)["pairs"]
+    least = min(pairs, key=pairs.get)
+    console.print(f"{len(pairs)} pairs of features, the least covered {least}: {pairs[least]}")
 
 
 def _new_folder(output: Path) -> Path:

@@ -7,7 +7,6 @@ import math
 import platform
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -18,22 +17,34 @@ import torch
 
 import triton_fa
 from parity_tests import features
+from parity_tests.budgets import Measures
 from parity_tests.cases import Case
+from parity_tests.distributions import distributions
 from parity_tests.known_differences import DIFFERENCES
-from parity_tests.runners import Outcome
-from parity_tests.suite import Run, tally
+from parity_tests.runners import NOT_RUN, Outcome
+from parity_tests.suite import Options, Run, occurred, tally
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+MOST_ROWS = 2000  # of generated cases on the page; with more, only what did not plainly agree
 
 
 def kernel_digest() -> str:
     """sha256 over the kernel sources: a committed result belongs to exactly one digest."""
+    return _digest(ROOT / "triton_fa" / "kernels")
+
+
+def source_digest() -> str:
+    """sha256 over all that decides what a case is, what runs, and how it is judged."""
+    return _digest(*(ROOT / name for name in ("triton_fa", "reference", "parity_tests")))
+
+
+def _digest(*folders: Path) -> str:
     digest = hashlib.sha256()
-    kernels = ROOT / "triton_fa" / "kernels"
-    for path in sorted(kernels.rglob("*.py")):
-        digest.update(path.relative_to(kernels).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -57,23 +68,47 @@ def environment(run: Run, command: str) -> dict[str, Any]:
         "triton_fa": getattr(triton_fa, "__version__", None) or _version("triton-fa"),
         "commit": _commit(),
         "kernel_digest": kernel_digest(),
+        "source_digest": source_digest(),
         "backends": what_backends(options.device.name) if run.backends is None else run.backends,
     }
 
 
 def as_data(run: Run, command: str) -> dict[str, Any]:
     """The whole report as plain values."""
+    return joined(run, environment(run, command), asked(run.options), [run.options])
+
+
+def joined(
+    run: Run, environment: dict[str, Any], said: list[str], shares: list[Options]
+) -> dict[str, Any]:
+    """The report of a run that was one or several, each with its options."""
     passed, sentence = run.verdict()
+    shown = occurred(run.outcomes)
+    spread = distributions(run.outcomes)
     return {
         "passed": passed,
         "verdict": sentence,
-        "environment": environment(run, command),
-        "limits": limits(run),
+        "gave_up": run.gave_up,
+        "environment": environment,
+        "shares": [asdict(options) for options in shares],
+        "limits": said + seen(run.outcomes),
         "tally": tally(run.outcomes),
-        "ratios": ratios(run.outcomes),
+        "ratios": {
+            ver: {"median": row["median"], "worst": row["max"]}
+            for ver, row in spread["backends"].items()
+        },
+        "distributions": spread,
+        "counts": counts(run.outcomes),
         "coverage": coverage(run.outcomes),
         "known_differences": [
-            {"id": d.id, "kind": d.kind, "reason": d.reason, "where": d.where} for d in DIFFERENCES
+            {
+                "id": d.id,
+                "kind": d.kind,
+                "reason": d.reason,
+                "where": d.where,
+                "occurred": shown.get(d.id),
+            }
+            for d in DIFFERENCES
         ],
         "outcomes": [_row(outcome) for outcome in run.outcomes],
     }
@@ -81,8 +116,12 @@ def as_data(run: Run, command: str) -> dict[str, Any]:
 
 def limits(run: Run) -> list[str]:
     """What this run left out, in words: never silently."""
+    return asked(run.options) + seen(run.outcomes)
+
+
+def asked(options: Options) -> list[str]:
+    """What a run with these options leaves out."""
     said = []
-    options = run.options
     if options.device.interpreted:
         said.append("No GPU: scaled-down cases in Triton's interpreter; FA3 and FA4 cannot run.")
     if options.pattern:
@@ -91,53 +130,74 @@ def limits(run: Run) -> list[str]:
         said.append("Share {} of {} of the cases.".format(*options.shard))
     if options.named_only:
         said.append("Named cases only, none generated.")
-    else:
-        specs = {o.case.spec for o in run.outcomes if not o.case.name}
-        cases = {o.case for o in run.outcomes if not o.case.name}
+    return said
+
+
+def seen(outcomes: list[Outcome]) -> list[str]:
+    """What was run of the rest, and what was not."""
+    said = []
+    cases = {o.case for o in outcomes if not o.case.name}
+    if cases:
+        specs = {case.spec for case in cases}
         said.append(f"{len(cases)} generated cases over {len(specs)} compile-time variants.")
-    for ver, counts in coverage(run.outcomes).items():
-        pairs = counts["pairs"]
+    for ver, found in coverage(outcomes).items():
+        pairs = found["pairs"]
         if missing := sum(count == 0 for count in pairs.values()):
             said.append(f"{ver}: {missing} of {len(pairs)} pairs of features ran in no case.")
     for id_, count in Counter(
-        id_ for o in run.outcomes if o.quarantined for id_ in o.differences
+        id_ for o in outcomes if o.quarantined for id_ in o.differences
     ).items():
         said.append(f"Quarantined, {count} times never launched: {id_}.")
-    for reason in dict.fromkeys(
-        r for o in run.outcomes if o.verdict == "not run" for r in o.reasons
-    ):
-        count = sum(o.verdict == "not run" and reason in o.reasons for o in run.outcomes)
+    for reason, count in Counter(
+        reason for o in outcomes if o.verdict == NOT_RUN for reason in dict.fromkeys(o.reasons)
+    ).items():
         said.append(f"Not run, {count} times: {reason}.")
     return said
 
 
-def ratios(outcomes: Iterable[Outcome]) -> dict[str, dict[str, float]]:
-    """Per backend, the spread of max error relative to same-dtype PyTorch."""
-    found: dict[str, list[float]] = {}
-    for outcome in outcomes:
-        if outcome.measures.max_ratio is not None:
-            found.setdefault(str(outcome.ver), []).append(outcome.measures.max_ratio)
-    return {
-        ver: {"median": sorted(values)[len(values) // 2], "worst": max(values)}
-        for ver, values in found.items()
-    }
+def counts(outcomes: list[Outcome]) -> dict[str, dict[str, Any]]:
+    """Per backend that ran anything: different cases, their seed aside, and how well they cover."""
+    found = {}
+    for ver, cases in _ran(outcomes).items():
+        pairs = features.coverage(cases)["pairs"]
+        least = min(pairs, key=lambda pair: pairs[pair])
+        found[ver] = {
+            "cases": len(cases),
+            "specs": len({case.spec for case in cases}),
+            "least covered pair": least,
+            "covered": pairs[least],
+        }
+    return found
 
 
-def coverage(outcomes: Iterable[Outcome]) -> dict[str, dict[str, dict[str, int]]]:
+def coverage(outcomes: list[Outcome]) -> dict[str, dict[str, dict[str, int]]]:
     """Per backend that ran anything, how often each feature and each legal pair of them ran."""
-    ran: dict[str, list[Case]] = {}
+    return {ver: features.coverage(cases) for ver, cases in _ran(outcomes).items()}
+
+
+def _ran(outcomes: list[Outcome]) -> dict[str, list[Case]]:
+    """The cases that each backend ran; those that differ in their seed alone are one."""
+    identity = {case: case.identity() for case in {outcome.case for outcome in outcomes}}
+    ran: dict[str, dict[str, Case]] = {}
     for outcome in outcomes:
         if outcome.ran:
-            ran.setdefault(str(outcome.ver), []).append(outcome.case)
-    return {ver: features.coverage(cases) for ver, cases in ran.items()}
+            ran.setdefault(str(outcome.ver), {})[identity[outcome.case]] = outcome.case
+    return {ver: list(cases.values()) for ver, cases in ran.items()}
 
 
 def write(run: Run, folder: Path, command: str) -> tuple[Path, Path]:
     """Write both files and return their paths."""
-    data = as_data(run, command)
+    return save(as_data(run, command), folder)
+
+
+def save(data: dict[str, Any], folder: Path) -> tuple[Path, Path]:
+    """Write a report's plain values as both files; each outcome is a line of the first."""
     folder.mkdir(parents=True, exist_ok=True)
     json_path, html_path = folder / "parity.json", folder / "parity.html"
-    text = json.dumps(_without_nan(data), indent=1, allow_nan=False)
+    plain = _without_nan(data)
+    text = json.dumps(plain | {"outcomes": []}, indent=1, allow_nan=False)
+    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in plain["outcomes"])
+    text = text.replace('"outcomes": []', f'"outcomes": [\n{rows}\n ]')
     json_path.write_text(text + "\n", encoding="utf-8")
     html_path.write_text(render(data), encoding="utf-8")
     return json_path, html_path
@@ -152,6 +212,7 @@ def render(data: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["MOST_ROWS"] = MOST_ROWS
     environment.filters["number"] = lambda value: "" if value is None else f"{value:.3g}"
     return environment.get_template("parity.html.j2").render(**data)
 
@@ -166,9 +227,27 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "reasons": list(outcome.reasons),
         "differences": list(outcome.differences),
         "seconds": round(outcome.seconds, 4),
+        "launched": outcome.launched,
+        "distances": outcome.distances,
         "measures": asdict(outcome.measures),
         "fields": asdict(outcome.case),
     }
+
+
+def outcome_of(row: dict[str, Any]) -> Outcome:
+    """The outcome that `_row` wrote, read from JSON."""
+    ver, fields, measures = row["ver"], row["fields"], row["measures"]
+    return Outcome(
+        case=Case(**fields),
+        ver=int(ver) if ver.isdigit() else ver,
+        verdict=row["verdict"],
+        reasons=tuple(row["reasons"]),
+        measures=Measures(**{k: None if v is None else float(v) for k, v in measures.items()}),
+        differences=tuple(row["differences"]),
+        seconds=row["seconds"],
+        launched=row["launched"],
+        distances=row["distances"],
+    )
 
 
 def _without_nan(value: Any) -> Any:

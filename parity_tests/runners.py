@@ -50,6 +50,7 @@ class Outcome:
     differences: tuple[str, ...] = ()  # ids in known_differences
     seconds: float = 0.0
     launched: bool = True  # False: an entry of known_differences kept it from running
+    distances: dict[str, float] = field(default_factory=dict)  # max|difference| to other backends
 
     @property
     def is_failure(self) -> bool:
@@ -98,6 +99,7 @@ class Prepared:
     case: Case
     device: str
     truth: Truth
+    outs: dict[Ver, Tensor] = field(default_factory=dict)  # what each backend made of it
 
     @classmethod
     def of(cls, case: Case, device: str) -> "Prepared":
@@ -137,6 +139,20 @@ class Prepared:
     def arguments(self, *, poison: bool = True) -> dict[str, Any]:
         """Fresh arguments of the public call."""
         return self.case.materialise(self.device, poison=poison)
+
+    def distances(self, ver: Ver, out: Tensor) -> dict[str, float]:
+        """How far a result is from those before it; none where one of them is not finite."""
+        if out.shape != self.truth.out.shape:
+            return {}
+        real = ~self.truth.out[..., 0].isnan()
+        mine = out[real].double()
+        if not real.any() or not mine.isfinite().all():
+            return {}
+        found = {
+            str(before): (mine - other).abs().max().item() for before, other in self.outs.items()
+        }
+        self.outs[ver] = mine
+        return found
 
 
 def _what(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -189,6 +205,8 @@ def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outco
         before = prepared.arguments(poison=poison)
         caches = (each[name] for each in (arguments, before) for name in ("k_cache", "v_cache"))
         result = replace(result, caches=Caches(*caches))
+    distances = prepared.distances(ver, result.out)
+    outcome = functools.partial(outcome, distances=distances)
     limits = Limits.of(case)
     measures, problems = judge(case, result, prepared.truth, limits)
     if not problems:
