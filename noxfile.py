@@ -1,11 +1,13 @@
 """Every check of the project as one command: ``nox -s NAME``; ``nox -l`` lists them.
 
 Sessions make their own virtual environment and install into it under ``constraints.txt``. The
-``*_gpu`` sessions and ``bench`` use the environment nox runs in, for machines where torch and the
-FlashAttention binaries are installed already.
+``*_gpu`` sessions, ``parity_soak``, ``sanitize`` and ``bench`` use the environment nox runs in, for
+machines where torch and the FlashAttention binaries are installed already.
 """
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import nox
@@ -116,11 +118,48 @@ def integrations(session: nox.Session, transformers: str) -> None:
     session.run("python", "-m", "pytest", "-q", *arguments, env=TEST_ENV)
 
 
+def run_parity_on_all_gpus(session: nox.Session, *arguments: str) -> None:
+    """A share of the cases on each visible GPU at the same time, and one report of them all."""
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(i) for i in range(listed.stdout.count("GPU "))]
+    command = ["python", "-m", "parity_tests", *arguments]
+    if len(gpus) == 1 or "--output" in arguments or "--shard" in arguments:
+        session.run(*command, external=True)
+        return
+    folders = [f"parity-report/share-{i}" for i in range(1, len(gpus) + 1)]
+    for folder in folders:  # no report of an earlier run stands in for one that was not written
+        shutil.rmtree(folder, ignore_errors=True)
+    shares = [
+        subprocess.Popen(
+            [*command, "--shard", f"{i}/{len(gpus)}", "--output", folder],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+        )
+        for i, (gpu, folder) in enumerate(zip(gpus, folders, strict=True), start=1)
+    ]
+    for share in shares:
+        share.wait()  # its verdict is part of the joint one
+    reports = [f"{folder}/parity.json" for folder in folders]
+    joint = ("merge", *reports, "--output", "parity-report")
+    session.run("python", "-m", "parity_tests", *joint, external=True)
+
+
 @nox.session(venv_backend="none", default=False)
 def parity_gpu(session: nox.Session) -> None:
-    """The main job in this environment, with every peer required to be present."""
-    arguments = session.posargs or ["--require-peers"]
-    session.run("python", "-m", "parity_tests", *arguments, external=True)
+    """The main job in this environment, on all GPUs, with every peer required to be present."""
+    run_parity_on_all_gpus(session, *(session.posargs or ["--require-peers"]))
+
+
+@nox.session(venv_backend="none", default=False)
+def parity_soak(session: nox.Session) -> None:
+    """20000 generated cases on all GPUs; another seed with ``-- --soak 20000 --seed 1``."""
+    run_parity_on_all_gpus(session, *(session.posargs or ["--soak", "20000"]))
+
+
+@nox.session(venv_backend="none", default=False)
+def sanitize(session: nox.Session) -> None:
+    """A few cases under compute-sanitizer's tools: ``nox -s sanitize -- --tool racecheck``."""
+    session.run("python", "-m", "parity_tests.sanitize", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -277,11 +277,14 @@ def _work(state: "State", options: "Options", console: Console) -> None:
         rich.progress.TextColumn("{task.fields[failed]} failed"),
     )
     with rich.progress.Progress(*columns, console=console) as progress:
-        task = progress.add_task("cases", total=len(cases), failed=0)
+        failed = len(run.failures)
+        task = progress.add_task("cases", total=len(cases), failed=failed)
 
-        def show(_: Any) -> None:
+        def show(outcome: "Outcome") -> None:
+            nonlocal failed
+            failed += outcome.is_failure
             done = len(run.outcomes) // len(options.vers)
-            progress.update(task, completed=done, failed=len(run.failures))
+            progress.update(task, completed=done, failed=failed)
 
         workers.work(state, run, show)
     state.save_backends(report.what_backends(options.device.name))
