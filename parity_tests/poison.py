@@ -14,11 +14,11 @@ GARBAGE = -0x5A5A5A5B
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Within it `torch.empty` and `Tensor.new_empty` return poison: results, workspaces, plans.
+    """Within it `torch.empty` and its siblings return poison: results, workspaces, plans.
 
     Allocations inside of compiled libraries are not reached.
     """
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poisoned(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
@@ -30,11 +30,15 @@ def poisoned_allocations() -> Iterator[None]:
     def poisoned_empty(*args: Any, **kwargs: Any) -> torch.Tensor:
         return poisoned(empty(*args, **kwargs))
 
+    def poisoned_empty_like(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return poisoned(empty_like(*args, **kwargs))
+
     def poisoned_new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return poisoned(new_empty(self, *args, **kwargs))
 
     with (
         mock.patch.object(torch, "empty", poisoned_empty),
+        mock.patch.object(torch, "empty_like", poisoned_empty_like),
         mock.patch.object(torch.Tensor, "new_empty", poisoned_new_empty),
     ):
         yield
