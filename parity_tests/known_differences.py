@@ -128,9 +128,9 @@ DIFFERENCES = (
         case=Case(
             **named.PACKED,
             seqlens_q=(300,),
-            seqlens_k=(2,),
+            seqlens_k=(1,),  # the LSE is the score itself
             heads_q=8,
-            softcap=50.0,
+            softcap=1000.0,  # at 50 the error was never above 0.0004
             softmax_scale=0.3,
         ),
         widen=_fast_tanh_lse,

@@ -45,6 +45,7 @@ from parity_tests.runners import (
     UNAVAILABLE,
     Outcome,
     Prepared,
+    public_call,
     run_backend,
 )
 from triton_fa import dispatch
@@ -1086,6 +1087,35 @@ def test_the_repro_snippet_runs_the_case(case: Case, capsys: Any, monkeypatch: A
 
 
 CASE_RUN = Outcome(CASE, "torch", AGREES)
+
+# A fault of the package, the same in any process.
+FAULT = """
+import triton_fa
+
+real = triton_fa.flash_attn_with_kvcache
+
+def faulty(**arguments):
+    out, lse = real(**arguments)
+    return out * 1.25, lse
+
+triton_fa.flash_attn_with_kvcache = faulty
+"""
+
+
+def test_the_repro_snippet_shows_the_failure_in_another_process(monkeypatch: Any) -> None:
+    monkeypatch.setattr(triton_fa, "flash_attn_with_kvcache", triton_fa.flash_attn_with_kvcache)
+    exec(FAULT, {})
+    run = run_of(public_call, [APPEND], vers=("torch",))
+    (outcome,) = run.failures
+    assert "max error" in outcome.describe()
+
+    def snippet(before: str) -> str:
+        code = before + outcome.case.repro_snippet(outcome.ver, "cpu")
+        command = [sys.executable, "-c", code]
+        return subprocess.check_output(command, cwd=ROOT, text=True).strip()
+
+    assert snippet(FAULT) == outcome.describe()
+    assert "agrees" in snippet("")
 
 
 def test_the_model_case_says_when_it_could_not_run(monkeypatch: Any) -> None:
