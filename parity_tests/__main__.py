@@ -202,7 +202,10 @@ def main(
     help="Folder of the joint report.",
 )
 @click.option("--strict-known/--no-strict-known", default=True, show_default=True)
-def merge_reports(reports: tuple[Path, ...], output: Path, strict_known: bool) -> None:
+@click.option("--summary", is_flag=True, help="List no generated case that agrees or was refused.")
+def merge_reports(
+    reports: tuple[Path, ...], output: Path, strict_known: bool, summary: bool
+) -> None:
     """Join REPORTS (parity.json of shares or of whole runs) into one.
 
     All must be of the same sources, versions and GPU. What several of them ran counts once. Exits
@@ -215,6 +218,8 @@ def merge_reports(reports: tuple[Path, ...], output: Path, strict_known: bool) -
         data = merge.merge(list(reports), command, strict_known)
     except merge.CannotJoinError as error:
         raise click.ClickException(str(error)) from error
+    if summary:
+        merge.summarise(data)
     for path in report.save(data, output):
         print(f"wrote {path}")
     for ver, found in data["counts"].items():

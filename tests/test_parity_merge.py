@@ -195,6 +195,25 @@ def test_the_command_joins_and_says_by_its_exit_status_whether_it_passed(tmp_pat
     assert "made before merging" in run(str(recorded)).output
 
 
+def test_a_summary_counts_what_it_does_not_list(tmp_path: Path) -> None:
+    cases = [CASES[0], *(case.with_changes(name="", spare_pages=4 + case.seed) for case in CASES)]
+
+    def call(case: Case, arguments: dict[str, Any], ver: Any) -> Any:
+        return 1 / 0 if case.spare_pages == 5 else exact(case, arguments)
+
+    whole, short = share(tmp_path / "whole", cases, call=call), tmp_path / "short"
+    arguments = ["merge", str(whole), "--summary", "--output", str(short)]
+    assert CliRunner().invoke(command_line.main, arguments).exit_code == 1
+    data = json.loads((short / "parity.json").read_text())
+    assert [(row["named"], row["verdict"]) for row in data["outcomes"]] == [
+        (True, AGREES), (True, AGREES), (False, FAILED), (False, FAILED),
+    ]  # fmt: skip
+    assert data["tally"]["triton"] == {AGREES: 4, FAILED: 1}
+    assert "6 outcomes are counted and not listed" in (short / "parity.html").read_text()
+    with pytest.raises(merge.CannotJoinError, match="is a summary"):
+        merge.merge([short / "parity.json"], "")
+
+
 def test_outcomes_survive_the_report(tmp_path: Path) -> None:
     run = suite.Run(suite.Options(CPU, vers=("triton", 3)), refuse_second)
     run.go(CASES)
