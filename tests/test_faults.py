@@ -100,8 +100,13 @@ METADATA: dict[str, Callable[[Case], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", METADATA)
-@pytest.mark.parametrize("name", ["decode", "mixed", "append", "dense append"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("decode", kind) for kind in METADATA),
+        *((name, kind) for name in ("mixed", "append") for kind in ("random", "of FA3")),
+    ],
+)
 def test_metadata_of_any_kind_changes_no_number(name: str, kind: str, device: str) -> None:
     case = CASES[name]
     metadata = METADATA[kind](case).to(device)
