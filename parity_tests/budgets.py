@@ -6,6 +6,7 @@ FlashAttention's tests round the exact result to the input dtype first; the roun
 restore what that rounding absorbs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,6 +136,45 @@ def judge(
         measures = replace(measures, key_error=key_error)
         problems += cache_problems
     return measures, problems
+
+
+def judge_pair(
+    case: Case, one: Result, other: Result, truth: Truth, slack: Tensor | None = None
+) -> tuple[str, ...]:
+    """What is wrong with two results that may differ by rounding alone; none has padding.
+
+    Each may be one budget off from the exact result, so they may be two budgets apart. `slack`
+    is added to that for every number of the result.
+    """
+    assert one.lse is not None, "pairs are compared with their lse"
+    assert other.lse is not None, "pairs are compared with their lse"
+    limits = Limits.of(case)
+    allowed = (truth.baseline - truth.out).abs()
+    max_floor, mean_floor = _floors(case, truth.out)
+    error = (one.out.double() - other.out.double()).abs()
+    slack = torch.zeros_like(error) if slack is None else slack
+    problems = []
+    for name, found, budget in (
+        ("max", error.max(), limits.max_mult * allowed.max() + max_floor + slack.max() / 2),
+        ("mean", error.mean(), limits.mean_mult * allowed.mean() + mean_floor + slack.mean() / 2),
+    ):
+        if not found <= 2 * budget:  # also where it is NaN
+            problems.append(f"{name} difference {found.item():.3e} > 2 x {budget.item():.3e}")
+    if one.lse.isnan().any():
+        problems.append("lse is NaN")
+    twice = replace(limits, lse_atol=2 * limits.lse_atol)
+    return (*problems, *_judge_lse(other.lse, one.lse.double(), twice)[1])
+
+
+def merging_slack(parts: Sequence[Tensor], merged: Tensor) -> Tensor:
+    """By how much merging results that were rounded to their dtype may be off from one result.
+
+    The weights of the parts add up to 1 at most, and each part, and then the merged result, is
+    rounded by half a unit: of the largest of them, however they are weighted.
+    """
+    half = torch.finfo(merged.dtype).eps / 2
+    largest = torch.stack([part.double().abs() for part in parts]).amax(0)
+    return half * (largest + merged.double().abs())
 
 
 def _form(case: Case, result: Result, truth: Truth) -> tuple[str, ...]:

@@ -35,12 +35,12 @@ def judge_caches(
     New values are stored bit for bit, and new keys but for `slack` (of want.k's shape, negative
     where the bits decide). All other memory of the caches is as it was, poison included.
     """
-    changed_k, changed_v = _differ(got.k, got.k_before), _differ(got.v, got.v_before)
+    changed_k, changed_v = differ(got.k, got.k_before), differ(got.v, got.v_before)
     places, others = want.slots.nonzero(), ~want.slots
     stored_k, stored_v = at(got.k, want.slots), at(got.v, want.slots)
     error = (stored_k.double() - want.k.double()).abs()
-    wrong_k = _differ(stored_k, want.k) & ~(error <= slack)
-    wrong_v = _differ(stored_v, want.v)
+    wrong_k = differ(stored_k, want.k) & ~(error <= slack)
+    wrong_v = differ(stored_v, want.v)
     if hidden_keys_may_be_missing:
         stored = (changed_k.flatten(2).any(2) | changed_v.flatten(2).any(2))[want.slots]
         places, error, wrong_k, wrong_v = (x[stored] for x in (places, error, wrong_k, wrong_v))
@@ -52,7 +52,7 @@ def judge_caches(
     ]
     pairs = ((got.k, got.k_before), (got.v, got.v_before))
     memories = {id(_memory(now)): (_memory(now), _memory(before)) for now, before in pairs}
-    anywhere = sum(int(_differ(*pair).sum()) for pair in memories.values())
+    anywhere = sum(int(differ(*pair).sum()) for pair in memories.values())
     if anywhere != int(changed_k.sum()) + int(changed_v.sum()):
         problems.append("memory beside k_cache and v_cache was written")
     largest = error.max().item() if error.numel() else math.nan
@@ -71,7 +71,7 @@ def _sentence(what: str, wrong: Tensor, places: Tensor) -> list[str]:
     return [f"{what} {len(bad)} of {len(places)} slots, first {tuple(bad[0].tolist())}"]
 
 
-def _differ(x: Tensor, y: Tensor) -> Tensor:
+def differ(x: Tensor, y: Tensor) -> Tensor:
     """Where the bits of two tensors of one dtype differ."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]
     return x.view(integer) != y.view(integer)

@@ -24,8 +24,15 @@ _common: dict[str, Any] = {
 }
 hypothesis.settings.register_profile("ci", max_examples=10, derandomize=True, **_common)
 hypothesis.settings.register_profile("dev", max_examples=25, **_common)
+hypothesis.settings.register_profile("gpu", max_examples=50, **_common)
 hypothesis.settings.register_profile("soak", max_examples=2000, **_common)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE", "ci" if DEVICE.interpreted else "gpu")
+)
+# Of properties that take several calls each: half a second a call in the interpreter.
+FEWER = hypothesis.settings(
+    max_examples=-(-hypothesis.settings.default.max_examples // (4 if DEVICE.interpreted else 1))
+)
 
 
 def check(case: Case, ver: Ver) -> None:
