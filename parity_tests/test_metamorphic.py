@@ -38,7 +38,9 @@ from triton_fa import merge_state
 
 TINY = replace(
     strategies.SMALL,
+    batch=2,
     seqlen_q=7,
+    seqlen_k=50,
     groups=(1, 2, 3),
     head_dims=(16, 40),
     page_sizes=(1, 3, 16),
@@ -122,9 +124,7 @@ def test_shared_pages_are_as_good_as_copies(case: Case, ver: Ver) -> None:
 @every_backend
 @FEWER
 @given(case=drawn("kvcache", "varlen"), batch_invariant=st.booleans())
-def test_the_order_of_the_batch_means_nothing(
-    case: Case, batch_invariant: bool, ver: Ver
-) -> None:
+def test_the_order_of_the_batch_means_nothing(case: Case, batch_invariant: bool, ver: Ver) -> None:
     """Bit-equal if batch-invariant, as a row then knows its own sequence only.
 
     Otherwise keys are shared out over the whole batch: the pieces of a sequence, and with them the
@@ -199,9 +199,9 @@ def test_two_parts_of_the_keys_merge_to_the_whole(case: Case, share: float, ver:
     assert_close(case, whole(case, ver), Result(out, lse.t()), truth, slack)
 
 
-CHUNKED = drawn(
-    "kvcache", q_layout="packed", causal=True, leftpad=False, **NO_APPEND
-).map(lambda case: case.with_changes(lengths="tensor"))
+CHUNKED = drawn("kvcache", q_layout="packed", causal=True, leftpad=False, **NO_APPEND).map(
+    lambda case: case.with_changes(lengths="tensor")
+)
 
 
 @every_backend

@@ -36,7 +36,9 @@ Tensor = torch.Tensor
 WINDOWS = ((-1, -1), (5, 0))  # of the layers
 # The interpreter cuts bfloat16 off where it should round, and runs programs one after the other.
 DTYPE, MARGIN = ("float16", 2) if DEVICE.interpreted else ("bfloat16", 0)
-HEADS_Q, HEADS_KV, DIM, PAGE, COLUMNS = (2, 1, 16, 4, 10) if DEVICE.interpreted else (8, 2, 64, 16, 40)
+HEADS_Q, HEADS_KV, DIM, PAGE, COLUMNS = (
+    (2, 1, 16, 4, 10) if DEVICE.interpreted else (8, 2, 64, 16, 40)
+)
 MOST, PROMPT, CHUNK = (3, 30, 12) if DEVICE.interpreted else (6, 500, 200)
 CAPACITY = PAGE * COLUMNS
 
@@ -131,7 +133,7 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: self._ready())
     @rule(batch=st.integers(1, MOST))
     def replay(self, batch: int) -> None:
-        """The same in buffers of the largest batch, by a graph that was captured for any lengths."""
+        """The same in buffers of the largest batch, by a graph captured for any lengths."""
         self._serve(dict.fromkeys(self._ready()[-batch:], 1), append=True, padded=True)
 
     @precondition(lambda self: self.running)
@@ -245,7 +247,7 @@ class Engine(RuleBasedStateMachine):
     # ---------------------------------------------------------------- a captured step
 
     def _in_static_buffers(self, step: Step) -> Step:
-        """The step in the buffers that a graph reads: rows and sequences behind its own are empty."""
+        """The step in the buffers that a graph reads; rows behind its own are padding."""
         if self.static is None:
             self.static = Step(
                 self._full(MOST, HEADS_Q, DIM),
@@ -266,7 +268,7 @@ class Engine(RuleBasedStateMachine):
         return self.static
 
     def _replayed(self, step: Step) -> list[Tensor]:
-        """The step by the graph; without CUDA, or on a backend that waits for it, by plain calls."""
+        """The step by the graph; without CUDA, or on a backend that waits, by plain calls."""
         if DEVICE.interpreted or self.ver != "triton":
             return self._attend(step, 1, append=True)
         schedules = self._plan(step, 1, append=True)
