@@ -5,9 +5,11 @@ differs they are within twice the budget of one result: `budgets.judge_pair`.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import assume, given
@@ -36,6 +38,8 @@ from parity_tests.rearranged import (
 from parity_tests.runners import OWN, Ver
 from triton_fa import merge_state
 
+Relation = Callable[..., None]
+
 TINY = replace(
     strategies.SMALL,
     batch=2,
@@ -58,7 +62,23 @@ NO_QV = {"qv": False, "only_qv": ""}
 
 TOKENS = 2 if DEVICE.interpreted else 40  # of a sequence, where each is a call of its own
 
-every_backend = pytest.mark.parametrize("ver", OWN)
+
+def on_every_backend(**examples: st.SearchStrategy[Any]) -> Callable[[Relation], Relation]:
+    """A test of plain PyTorch, and with fewer examples of Triton."""
+
+    def decorate(relation: Relation) -> Relation:
+        def test(ver: Ver) -> None:
+            def holds(**example: Any) -> None:
+                relation(ver=ver, **example)
+
+            holds.__name__ = relation.__name__  # hypothesis tells tests apart by it
+            settings = FEWER if ver == "triton" else hypothesis.settings()
+            settings(given(**examples)(holds))()
+
+        test.__doc__ = relation.__doc__
+        return pytest.mark.parametrize("ver", OWN)(test)
+
+    return decorate
 
 
 def drawn(*entries: str, **fixed: Any) -> st.SearchStrategy[Case]:
@@ -89,9 +109,7 @@ def whole(case: Case, ver: Ver, **how: Any) -> Result:
     return packed(by_sequence(case, attend(case, made(case), ver, **how)))
 
 
-@every_backend
-@FEWER
-@given(case=drawn("kvcache", "varlen", kv_layout="paged"))
+@on_every_backend(case=drawn("kvcache", "varlen", kv_layout="paged"))
 def test_page_ids_mean_nothing(case: Case, ver: Ver) -> None:
     """Bit-equal: the same keys under other page ids, so that only addresses differ."""
     arguments = made(case)
@@ -105,9 +123,7 @@ def test_page_ids_mean_nothing(case: Case, ver: Ver) -> None:
     assert_same_bits(packed(by_sequence(case, moved)), whole(case, ver))
 
 
-@every_backend
-@FEWER
-@given(case=drawn("kvcache", "varlen", kv_layout="paged", leftpad=False))
+@on_every_backend(case=drawn("kvcache", "varlen", kv_layout="paged", leftpad=False))
 def test_shared_pages_are_as_good_as_copies(case: Case, ver: Ver) -> None:
     """Bit-equal: every table entry gets a page of its own, and again only addresses differ."""
     case = case.with_changes(shared_prefix=True)
@@ -121,9 +137,7 @@ def test_shared_pages_are_as_good_as_copies(case: Case, ver: Ver) -> None:
     assert_same_bits(packed(by_sequence(case, copied)), whole(case, ver))
 
 
-@every_backend
-@FEWER
-@given(case=drawn("kvcache", "varlen"), batch_invariant=st.booleans())
+@on_every_backend(case=drawn("kvcache", "varlen"), batch_invariant=st.booleans())
 def test_the_order_of_the_batch_means_nothing(case: Case, batch_invariant: bool, ver: Ver) -> None:
     """Bit-equal if batch-invariant, as a row then knows its own sequence only.
 
@@ -136,9 +150,7 @@ def test_the_order_of_the_batch_means_nothing(case: Case, batch_invariant: bool,
     _compare_parts(case, [order], batch_invariant, ver)
 
 
-@every_backend
-@FEWER
-@given(case=drawn("kvcache", "varlen"), batch_invariant=st.booleans())
+@on_every_backend(case=drawn("kvcache", "varlen"), batch_invariant=st.booleans())
 def test_a_batch_is_its_halves(case: Case, batch_invariant: bool, ver: Ver) -> None:
     """Bit-equal if batch-invariant, else within twice the budget: as of another order."""
     cut = 1 + case.seed % (case.batch - 1)
@@ -159,18 +171,14 @@ def _compare_parts(case: Case, calls: list[list[int]], batch_invariant: bool, ve
         assert_close(case, whole(case, ver), joined, packed_truth(case, DEVICE.name))
 
 
-@every_backend
-@FEWER
-@given(case=drawn("kvcache", "varlen"), num_splits=st.integers(1, 9))
+@on_every_backend(case=drawn("kvcache", "varlen"), num_splits=st.integers(1, 9))
 def test_splits_agree(case: Case, num_splits: int, ver: Ver) -> None:
     """Within twice the budget: cutting the keys changes only in which order they are summed."""
     chosen, split = (whole(case.with_changes(num_splits=n), ver) for n in (0, num_splits))
     assert_close(case, chosen, split, packed_truth(case, DEVICE.name))
 
 
-@every_backend
-@FEWER
-@given(
+@on_every_backend(
     case=drawn("kvcache", leftpad=False, window=(-1, -1), attention_chunk=0, **NO_APPEND),
     share=st.floats(0, 1),
 )
@@ -204,9 +212,7 @@ CHUNKED = drawn("kvcache", q_layout="packed", causal=True, leftpad=False, **NO_A
 )
 
 
-@every_backend
-@FEWER
-@given(case=CHUNKED)
+@on_every_backend(case=CHUNKED)
 def test_causal_prefill_is_decode_token_by_token(case: Case, ver: Ver) -> None:
     """A query attends to what was there when it was the last token; later keys change nothing.
 
@@ -217,9 +223,7 @@ def test_causal_prefill_is_decode_token_by_token(case: Case, ver: Ver) -> None:
     assert_close(case, whole(case, ver), tokens, packed_truth(case, DEVICE.name))
 
 
-@every_backend
-@FEWER
-@given(case=CHUNKED, chunks=st.integers(2, 3))
+@on_every_backend(case=CHUNKED, chunks=st.integers(2, 3))
 def test_prefill_in_chunks_is_the_whole(case: Case, chunks: int, ver: Ver) -> None:
     """As token by token, with as many of them at a time as the engine likes. Twice the budget."""
     size = -(-max(case.seqlens_q) // chunks)
@@ -227,9 +231,7 @@ def test_prefill_in_chunks_is_the_whole(case: Case, chunks: int, ver: Ver) -> No
     assert_close(case, whole(case, ver), pieces, packed_truth(case, DEVICE.name))
 
 
-@every_backend
-@FEWER
-@given(
+@on_every_backend(
     case=drawn("kvcache", "varlen", "dense", **NO_APPEND, **NO_FLOAT8, **NO_QV),
     exponent=st.integers(1, 6),
 )
@@ -247,18 +249,14 @@ def test_a_power_of_two_on_values_comes_out_again(case: Case, exponent: int, ver
     assert_same_bits(Result(back, scaled.lse), plain)
 
 
-@every_backend
-@FEWER
-@given(case=drawn("kvcache", "varlen", "dense", sinks=False))
+@on_every_backend(case=drawn("kvcache", "varlen", "dense", sinks=False))
 def test_a_sink_of_nothing_is_no_sink(case: Case, ver: Ver) -> None:
     """Bit-equal: exp(-inf) adds an exact zero to the sum, and no row becomes a NaN by it."""
     nothing = torch.full((case.heads_q,), -torch.inf, device=DEVICE.name)
     assert_same_bits(whole(case, ver, sinks=nothing), whole(case, ver))
 
 
-@every_backend
-@FEWER
-@given(case=drawn("kvcache", "varlen", "dense", **NO_APPEND, **NO_FLOAT8))
+@on_every_backend(case=drawn("kvcache", "varlen", "dense", **NO_APPEND, **NO_FLOAT8))
 def test_grouped_heads_are_repeated_heads(case: Case, ver: Ver) -> None:
     """A group reads one kv head as if each of its heads had a copy.
 
