@@ -29,9 +29,9 @@ hypothesis.settings.register_profile("soak", max_examples=2000, **_common)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "ci" if DEVICE.interpreted else "gpu")
 )
-# Of properties that make several calls with each example: half a second a call, interpreted.
-_COST = 5 if DEVICE.interpreted else 1
-FEWER = hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // _COST)
+# Of properties that make several calls with each example: half a second a call in the interpreter,
+# and some compilations an example on a GPU.
+FEWER = hypothesis.settings(max_examples=hypothesis.settings.default.max_examples // 5)
 
 
 def check(case: Case, ver: Ver) -> None:
