@@ -1,4 +1,7 @@
-"""The same call arranged otherwise, for relations between results that need no exact one."""
+"""The same call arranged otherwise, for relations between results that need no exact one.
+
+Cases have an lse, no `only_qv` and no buffer for the result.
+"""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -30,7 +33,7 @@ _PER_SEQUENCE = (
 
 
 def attend(case: Case, arguments: Arguments, ver: Ver, **how: Any) -> Result:
-    """The result of a call whose case asks for the lse."""
+    """The result of a call."""
     out, lse = public_call(case, arguments | how, ver)[:2]
     return Result(out, lse)
 
@@ -92,14 +95,11 @@ def key_names(case: Case) -> tuple[str, str]:
 
 def _with_keys(case: Case, arguments: Arguments, places: Any, shape: tuple[int, ...]) -> Arguments:
     """Keys and values of these places of the call's own, in memory laid out alike."""
-    given = [arguments[name] for name in key_names(case)]
-    device = str(given[1].device)
-    new = kv_buffers(shape, case, torch.nan, device)
-    for into, tensor in zip(new, given, strict=True):
-        if tensor is not None:
-            bits(into)[:] = bits(tensor)[places]
-    keys = (None if tensor is None else into for into, tensor in zip(new, given, strict=True))
-    return arguments | dict(zip(key_names(case), keys, strict=True))
+    names = key_names(case)
+    moved = kv_buffers(shape, case, torch.nan, str(arguments[names[0]].device))
+    for name, into in zip(names, moved, strict=True):
+        bits(into)[:] = bits(arguments[name])[places]
+    return arguments | dict(zip(names, moved, strict=True))
 
 
 def with_pages(case: Case, arguments: Arguments, source: Tensor, table: Tensor) -> Arguments:
@@ -108,15 +108,10 @@ def with_pages(case: Case, arguments: Arguments, source: Tensor, table: Tensor) 
     return moved | {"page_table": table.to(arguments["page_table"])}
 
 
-def pages_in_use(arguments: Arguments) -> Tensor:
+def pages_in_use(case: Case, arguments: Arguments) -> Tensor:
     """Which entries of the page table are pages; the rest is garbage that nothing reads."""
     table: Tensor = arguments["page_table"]
-    last = max(len(each) for each in arguments.values() if _is_cache(each))
-    return (table >= 0) & (table < last)
-
-
-def _is_cache(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 4
+    return (table >= 0) & (table < len(arguments[key_names(case)[0]]))
 
 
 def of_sequences(case: Case, arguments: Arguments, chosen: Sequence[int]) -> Arguments:
@@ -132,10 +127,11 @@ def of_sequences(case: Case, arguments: Arguments, chosen: Sequence[int]) -> Arg
             continue
         places = _places(arguments, prefix, chosen, changed)
         for name in names:
-            if (tensor := arguments.get(name)) is not None:
-                rows = bits(tensor)[places]
-                dtype, odd = str(tensor.dtype).removeprefix("torch."), case.q_strided
-                changed[name] = strided(rows.shape, odd, torch.nan, dtype, str(tensor.device))
+            if name in arguments:
+                rows = bits(arguments[name])[places]
+                dtype = case.dtype if prefix == "cu_seqlens_q" else case.of_keys
+                where = str(rows.device)
+                changed[name] = strided(rows.shape, case.q_strided, torch.nan, dtype, where)
                 bits(changed[name])[:] = rows
     if case.batch_idx:  # rows are looked up
         return arguments | changed
@@ -170,16 +166,13 @@ def in_chunks(case: Case, arguments: Arguments, size: int, ver: Ver) -> Result:
         lengths = [end - begin for begin, end in spans]
         ends = zip(case.seqlens_k, case.seqlens_q, spans, strict=True)
         chunk = case.with_changes(seqlens_q=tuple(lengths), tail_q=0)
-        changed = {
+        changed: Arguments = {
             "cu_seqlens_q": int32(prefix_sum(lengths), device),
             "max_seqlen_q": max(lengths),
             "cache_seqlens": int32([max(0, sk - sq + end) for sk, sq, (_, end) in ends], device),
         }
-        for name in ("q", "qv"):
-            if (rows := arguments.get(name)) is not None:
-                of = zip(starts[:-1], spans, strict=True)
-                changed[name] = torch.cat([rows[at + begin : at + end] for at, (begin, end) in of])
-        found = by_sequence(chunk, attend(chunk, arguments | changed, ver))
-        for b, rows in enumerate(found):
-            parts[b].append(rows)
+        rows = [at + i for at, span in zip(starts[:-1], spans, strict=True) for i in range(*span)]
+        changed |= {name: arguments[name][rows] for name in ("q", "qv") if name in arguments}
+        for b, part in enumerate(by_sequence(chunk, attend(chunk, arguments | changed, ver))):
+            parts[b].append(part)
     return packed(packed(each) for each in parts)

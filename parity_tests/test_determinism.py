@@ -1,5 +1,7 @@
 """The same bits again, and of a row in whatever batch it is."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,7 +43,13 @@ def test_repeats_are_bit_equal(case: Case) -> None:
 
 CHUNK = 512  # keys of a batch-invariant piece: longer sequences are merged of several
 # float32, where a sum of another order shows.
-MODEL = {"dtype": "float32", "heads_q": 2, "heads_kv": 1, "head_dim": 16, "head_dim_v": 16}
+MODEL: dict[str, Any] = {
+    "dtype": "float32",
+    "heads_q": 2,
+    "heads_kv": 1,
+    "head_dim": 16,
+    "head_dim_v": 16,
+}
 
 
 @st.composite

@@ -54,11 +54,13 @@ SCALE = TINY if DEVICE.interpreted else strategies.FULL
 # The interpreter cuts bfloat16 off where it should round.
 DTYPES = ("float16", "float32") if DEVICE.interpreted else ("bfloat16", "float16", "float32")
 
-FEW_PROGRAMS = {"sm_margin": 2} if DEVICE.interpreted else {}  # they run one after the other there
+FEW_PROGRAMS: dict[str, Any] = (
+    {"sm_margin": 2} if DEVICE.interpreted else {}
+)  # they run one after the other there
 
-NO_APPEND = {"append": "", "rotary_dim": 0, "rotary_interleaved": True}
-NO_FLOAT8 = {"kv_dtype": "", "descales": "", "descale_strides": "plain"}
-NO_QV = {"qv": False, "only_qv": ""}
+NO_APPEND: dict[str, Any] = {"append": "", "rotary_dim": 0, "rotary_interleaved": True}
+NO_FLOAT8: dict[str, Any] = {"kv_dtype": "", "descales": "", "descale_strides": "plain"}
+NO_QV: dict[str, Any] = {"qv": False, "only_qv": ""}
 
 TOKENS = 2 if DEVICE.interpreted else 40  # of a sequence, where each is a call of its own
 
@@ -85,7 +87,7 @@ def drawn(*entries: str, **fixed: Any) -> st.SearchStrategy[Case]:
     """Cases of some sequences and keys, with these fields of their specs fixed."""
 
     def fix(spec: Spec) -> Spec:
-        changes = {"lse": True, "out": False, "only_qv": ""} | fixed
+        changes: dict[str, Any] = {"lse": True, "out": False, "only_qv": ""} | fixed
         if spec.dtype not in DTYPES:
             changes |= {"dtype": DTYPES[0]}
             changes |= NO_FLOAT8 if spec.dtype in FLOAT8 else {}
@@ -116,7 +118,7 @@ def test_page_ids_mean_nothing(case: Case, ver: Ver) -> None:
     count = len(arguments[key_names(case)[1]])
     order = torch.randperm(count, generator=torch.Generator().manual_seed(case.seed))
     order = order.to(DEVICE.name)
-    used = pages_in_use(arguments)
+    used = pages_in_use(case, arguments)
     table = arguments["page_table"].clone()
     table[used] = order.argsort()[table[used].long()].int()
     moved = attend(case, with_pages(case, arguments, order, table), ver)
@@ -128,7 +130,7 @@ def test_shared_pages_are_as_good_as_copies(case: Case, ver: Ver) -> None:
     """Bit-equal: every table entry gets a page of its own, and again only addresses differ."""
     case = case.with_changes(shared_prefix=True)
     arguments = made(case)
-    used = pages_in_use(arguments)
+    used = pages_in_use(case, arguments)
     source = arguments["page_table"][used]
     assume(len(source.unique()) < len(source))
     table = arguments["page_table"].clone()

@@ -211,20 +211,21 @@ class Engine(RuleBasedStateMachine):
             return list(self._layers(step, schedules, max_seqlen_q, append))
 
     def _plan(self, step: Step, max_seqlen_q: int, append: bool) -> triton_fa.StepSchedules:
-        new = {"cu_seqlens_k_new": step.prefix, "max_seqlen_k_new": max_seqlen_q}
+        new: dict[str, Any] = {"cu_seqlens_k_new": step.prefix, "max_seqlen_k_new": max_seqlen_q}
         return self.planner.plan(
             step.lengths,
             max_seqlen_k=CAPACITY,
             max_seqlen_q=max_seqlen_q,
             cu_seqlens_q=step.prefix,
-            **(new if append else {}),  # type: ignore[arg-type]  # a dict of mixed values
+            **(new if append else {}),
         )
 
     def _layers(
         self, step: Step, schedules: triton_fa.StepSchedules, max_seqlen_q: int, append: bool
     ) -> Iterator[Tensor]:
         for layer, (window, schedule) in enumerate(zip(WINDOWS, schedules, strict=True)):
-            new = {"k": step.k[layer], "v": step.v[layer], "cu_seqlens_k_new": step.prefix}
+            new: dict[str, Any] = {"k": step.k[layer], "v": step.v[layer]}
+            new["cu_seqlens_k_new"] = step.prefix
             _, lse = triton_fa.flash_attn_with_kvcache(
                 step.q,
                 self.k_cache[layer],
