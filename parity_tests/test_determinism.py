@@ -21,8 +21,8 @@ from parity_tests.rearranged import (
 from parity_tests.strategies import lengths_around
 
 REPEATS = 2 if DEVICE.interpreted else 1000
-# Each repeat is a call: in the interpreter one case of decode, of appending and of ragged prefill.
-FEW = ("llama3-8b decode fp32", "all of a cache at once", "llama3-8b prefill fp32")
+# Each repeat is a call: in the interpreter one of appending and decode, and one of prefill.
+FEW = ("all of a cache at once", "llama3-8b prefill fp32")
 REPEATED = [
     case
     for case in (named.small() if DEVICE.interpreted else named.full())

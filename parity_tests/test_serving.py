@@ -366,5 +366,5 @@ TestTorch = TorchEngine.TestCase
 TestTorch.settings = hypothesis.settings(stateful_step_count=30)
 TestTriton = TritonEngine.TestCase
 TestTriton.settings = hypothesis.settings(
-    FEWER, stateful_step_count=6 if DEVICE.interpreted else 50
+    FEWER, stateful_step_count=5 if DEVICE.interpreted else 50
 )
