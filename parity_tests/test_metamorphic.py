@@ -55,7 +55,7 @@ SCALE = TINY if DEVICE.interpreted else strategies.FULL
 DTYPES = ("float16", "float32") if DEVICE.interpreted else ("bfloat16", "float16", "float32")
 
 FEW_PROGRAMS: dict[str, Any] = (
-    {"sm_margin": 2} if DEVICE.interpreted else {}
+    {"sm_margin": 3} if DEVICE.interpreted else {}
 )  # they run one after the other there
 
 NO_APPEND: dict[str, Any] = {"append": "", "rotary_dim": 0, "rotary_interleaved": True}

@@ -35,7 +35,7 @@ Tensor = torch.Tensor
 
 WINDOWS = ((-1, -1), (5, 0))  # of the layers
 # The interpreter cuts bfloat16 off where it should round, and runs programs one after the other.
-DTYPE, MARGIN = ("float16", 2) if DEVICE.interpreted else ("bfloat16", 0)
+DTYPE, MARGIN = ("float16", 3) if DEVICE.interpreted else ("bfloat16", 0)
 HEADS_Q, HEADS_KV, DIM, PAGE, COLUMNS = (
     (2, 1, 16, 4, 10) if DEVICE.interpreted else (8, 2, 64, 16, 40)
 )
