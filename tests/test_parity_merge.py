@@ -310,7 +310,8 @@ def test_a_large_page_lists_only_what_did_not_agree(tmp_path: Path, monkeypatch:
     assert "agrees" not in generated
 
 
-def test_the_plan_alone_runs_nothing(tmp_path: Path) -> None:
+def test_the_plan_alone_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # triton may be imported already
     arguments = ["--soak", "500", "--plan-only", "--device", "cpu", "--output", str(tmp_path / "x")]
     done = CliRunner().invoke(command_line.main, arguments)
     assert done.exit_code == 0, done.output
