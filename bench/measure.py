@@ -158,7 +158,8 @@ def workspace_bytes(call: Callable[[], torch.Tensor]) -> int:
 def single(label: str, calls: list[Callable[[], object]]) -> Callable[[], object]:
     """The calls as one graph, or eagerly where the backend reads lengths on the host."""
     if VARIANTS[label].captured:
-        return capture(calls).replay
+        kept = capture(calls), calls  # the graph reads tensors that only the calls hold
+        return lambda: kept[0].replay()
 
     def eager() -> None:
         for call in calls:

@@ -71,7 +71,7 @@ def stale(case: Case) -> torch.Tensor:
         case.heads_q,
         case.heads_kv,
         case.head_dim,
-        lengths,
+        lengths.to("cuda" if torch.cuda.is_available() else "cpu"),
         torch.float16,
         page_size=case.page_size or None,
         ver="triton",

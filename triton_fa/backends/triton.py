@@ -185,7 +185,7 @@ def _enqueuer(
         for step in steps
     ]
     direct = [
-        (launch.direct, operator.itemgetter(*step.indices()))
+        (launch.direct, _picker(step.indices()))
         for step, launch in zip(steps, launches, strict=True)
         if launch.direct is not None
     ]
@@ -204,6 +204,13 @@ def _enqueuer(
                 dispatched(step.pointers(given))
 
     return enqueue
+
+
+def _picker(places: tuple[int, ...]) -> Callable[[list[int | None]], Sequence[int | None]]:
+    """What takes these places out of a list; `itemgetter` of one place gives no sequence."""
+    if len(places) == 1:
+        return lambda given: (given[places[0]],)
+    return operator.itemgetter(*places)
 
 
 def _stand_ins(tensors: Tensors) -> dict[str, Any]:

@@ -649,9 +649,11 @@ def schedule(
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
         "BLOCK_B": block_b,
-        "ORDERED": bounds.batch <= block_b,
+        # Of calls without a prefill path nobody reads the order.
+        "ORDERED": bounds.batch <= block_b and most_rows > rows,
     }
-    return PlannedLaunch(schedule_kernel, (1, 1, 1), values, {"num_warps": 4})
+    warps = 16 if values["ORDERED"] and block_b > 256 else 4  # sorting
+    return PlannedLaunch(schedule_kernel, (1, 1, 1), values, {"num_warps": warps})
 
 
 def append(problem: Problem, new: Append) -> PlannedLaunch:
