@@ -25,7 +25,7 @@ from triton_fa.env import settings
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
 from triton_fa.problem import Problem
 
-RUN_ON: frozenset[tuple[int, int]] = frozenset()
+RUN_ON: frozenset[tuple[int, int]] = frozenset({(3, 6)})
 """Triton versions that the kernel was run and tested on."""
 
 FEATURES = frozenset(
