@@ -1,4 +1,4 @@
-"""``python -m bench decode|prefill|step|metadata|overhead``: time workloads, print one table.
+"""``python -m bench KIND``: time the workloads of a kind, print one table.
 
 ``report`` and ``compare`` read results instead, and ``first-call`` times new processes; each has a
 ``--help`` of its own.
@@ -34,8 +34,11 @@ OVERHEAD_ROWS = ("1x1024.32/8x128.p16", "8x512.32/8x128.p16", "16x1024.32/8x128"
 # Imported when asked for: a machine that measures needs no library that draws.
 OTHERS = {"report": "bench.page", "compare": "bench.compare", "first-call": "bench.first_call"}
 DEFAULT = "triton,3,4"
-# In a step it matters whether layers share a schedule or each makes its own.
-DEFAULT_STEP = "triton,triton-nometa,3,3-nometa,4"
+DEFAULTS = {
+    # In a step it matters whether layers share a schedule or each makes its own.
+    "step": "triton,triton-nometa,3,3-nometa,4",
+    "combine": "triton,torch,3,4",
+}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -46,7 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--backend",
         action="append",
         help=f"of {','.join(VARIANTS)}, a list or several times  "
-        f"[{DEFAULT}; {DEFAULT_STEP} for step]",
+        f"[{DEFAULT}; {'; '.join(f'{of} for {kind}' for kind, of in DEFAULTS.items())}]",
     )
     parser.add_argument("--repeat", type=int, default=5, help="interleaved bursts per row")
     parser.add_argument("--set", choices=("core", "grid"), default="core", dest="row_set")
@@ -68,8 +71,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--compile-only", action="store_true", help="compile the Triton variants and stop"
     )
     options = parser.parse_args(arguments)
-    default = DEFAULT_STEP if options.kind == "step" else DEFAULT
-    chosen = ",".join(options.backend or [default])
+    chosen = ",".join(options.backend or [DEFAULTS.get(options.kind, DEFAULT)])
     options.labels = [label for label in dict.fromkeys(chosen.split(",")) if label]
     if unknown := [label for label in options.labels if label not in VARIANTS]:
         parser.error(f"--backend: expected some of {','.join(VARIANTS)}, got {unknown}")

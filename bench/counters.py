@@ -2,7 +2,9 @@
 
 Only visible work counts. Bytes are the K and V slots that some query sees, q, and out (and the lse
 when it is returned); page tables, lengths and partial results are the implementation's business.
-Operations are two per multiply-add of the two matrix products, over visible (query, key) pairs: a
+New keys are read once, wherever from, and written to the cache; rotary tables are not counted, nor
+are factors. Keys and values that are one cache count once. Merging reads its partial results.
+Operations are two per multiply-add of the matrix products, over visible (query, key) pairs: a
 causal square counts as (n² + n) / 2 pairs.
 """
 
@@ -11,7 +13,13 @@ from functools import cache
 
 from bench.workloads import Workload
 
-ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ELEMENT_BYTES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
 
 
 def bounds(row: Workload) -> tuple[int | None, int | None]:
@@ -62,30 +70,41 @@ def visible_keys(q_len: int, k_len: int, left: int | None, right: int | None) ->
 
 
 def flops(row: Workload) -> int:
-    """Floating-point operations of q·k and p·v over visible pairs, all heads, one layer."""
+    """Floating-point operations of q·k, qv·v and p·v over visible pairs, all heads, one layer."""
+    if row.splits:
+        return 2 * row.splits * sum(row.q_lens) * row.heads.q * row.head_dim_v
     left, right = bounds(row)
     pairs = sum(
         n * visible_pairs(q, k, left, right)
         for (q, k), n in Counter(zip(row.q_lens, row.k_lens, strict=True)).items()
     )
-    return 2 * (row.heads.dim + row.head_dim_v) * row.heads.q * pairs
+    return 2 * (query_dims(row) + row.head_dim_v) * row.heads.q * pairs
+
+
+def query_dims(row: Workload) -> int:
+    """What is scored: head_dim, and with `qv` as many as a value has."""
+    return row.heads.dim + (row.head_dim_v if row.latent else 0)
 
 
 def mandatory_bytes(row: Workload) -> int:
     """Bytes that any implementation has to read or write, one layer."""
+    rows = sum(row.q_lens) * row.heads.q
+    out = rows * row.head_dim_v * ELEMENT_BYTES[row.out_dtype]
+    if row.splits:  # each partial result in float32 with its lse, and one lse returned
+        return 4 * rows * (row.splits * (row.head_dim_v + 1) + 1) + out
     left, right = bounds(row)
     keys = sum(
         n * visible_keys(q, k, left, right)
         for (q, k), n in Counter(zip(row.q_lens, row.k_lens, strict=True)).items()
     )
-    both = row.heads.dim + row.head_dim_v
-    elements = keys * row.heads.kv * both + sum(row.q_lens) * row.heads.q * both
-    lse = 4 * sum(row.q_lens) * row.heads.q if row.return_lse else 0
-    return elements * ELEMENT_BYTES[row.dtype] + lse
+    cached = (keys + row.new * row.batch) * row.heads.kv * (row.heads.dim + row.head_dim_v)
+    queries = rows * query_dims(row)
+    lse = 4 * rows if row.return_lse else 0
+    return cached * ELEMENT_BYTES[row.key_dtype] + queries * ELEMENT_BYTES[row.dtype] + out + lse
 
 
 def cache_bytes(row: Workload) -> int:
     """Bytes of one K and V cache, unused slots of the last pages included."""
     page = row.page_size or 1
     slots = sum(-(-k // page) * page for k in row.k_lens)
-    return slots * row.heads.kv * (row.heads.dim + row.head_dim_v) * ELEMENT_BYTES[row.dtype]
+    return slots * row.heads.kv * (row.heads.dim + row.head_dim_v) * ELEMENT_BYTES[row.key_dtype]

@@ -5,7 +5,7 @@ The page stands alone: nothing is loaded, nothing runs. What a file does not hol
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from markupsafe import Markup
 from bench import plots
 from bench.measure import Measurement, Outcome
 from bench.reading import Block, Result, ResultError, load
-from bench.report import averages, markdown, number, ratio_to
+from bench.report import added_us, averages, by_name, markdown, number, over_plain, ratio_to
 from bench.roofs import ROOFS, Roof
 from bench.timing import ratio
 from bench.variants import BASELINE
@@ -77,8 +77,10 @@ def amount(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def columns(roof: Roof | None) -> dict[str, tuple[Value, Callable[[float], str]]]:
-    """Heading to what stands below it and how it is written."""
+def columns(
+    roof: Roof | None, rows: Mapping[str, Measurement]
+) -> dict[str, tuple[Value, Callable[[float], str]]]:
+    """Heading to what stands below it and how it is written; `rows` are those of the file."""
     return {
         "MB": (lambda m, label: m.bytes / 1e6 or None, amount),
         "GFLOP": (lambda m, label: m.flops / 1e9 or None, amount),
@@ -91,6 +93,8 @@ def columns(roof: Roof | None) -> dict[str, tuple[Value, Callable[[float], str]]
             lambda m, label: roof.fraction(m, clean(m, label)) if roof else None,
             "{:.2f}".format,
         ),
+        "added µs": (lambda m, label: added_us(m, label, rows), "{:+.2f}".format),
+        "x plain": (lambda m, label: over_plain(m, label, rows), "{:.2f}".format),
         "x FA3": (over_baseline("clean"), "{:.2f}".format),
         "x FA3 chain": (over_baseline("chain"), "{:.2f}".format),
         "x FA3 host": (host_ratio, "{:.2f}".format),
@@ -124,7 +128,7 @@ def family_tables(result: Result, roof: Roof | None) -> list[Table]:
     lines = [(m, label) for m in result.measurements for label in m.outcomes]
     wanted = {
         heading: (value, text)
-        for heading, (value, text) in columns(roof).items()
+        for heading, (value, text) in columns(roof, by_name(result.measurements)).items()
         if any(value(m, label) is not None for m, label in lines)
     }
     said = any(remark(m.outcomes[label]) for m, label in lines)

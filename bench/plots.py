@@ -141,7 +141,8 @@ def speed(name: str, measurements: Sequence[Measurement]) -> list[Plot]:
     """Rate against the longest sequence: TB/s of rows about memory, TFLOP/s of prefill."""
     plots = []
     for unit, prefill in (("TB/s", False), ("TFLOP/s", True)):
-        rows = [m for m in measurements if (m.row.phase == "prefill") == prefill]
+        with_keys = [m for m in measurements if m.row.phase != "combine"]
+        rows = [m for m in with_keys if (m.row.phase == "prefill") == prefill]
 
         def point(m: Measurement, us: float, prefill: bool = prefill) -> tuple[float, float]:
             rate = m.teraflops(us) if prefill else m.terabytes(us)

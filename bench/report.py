@@ -1,7 +1,7 @@
 """Measurements as a table in plain text, and the averages below it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from statistics import geometric_mean
 
@@ -60,6 +60,28 @@ def ratio_to(measurement: Measurement, label: str, column: str, base: str) -> fl
     return ratio(of_base, of_label)
 
 
+def by_name(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
+    return {m.row.name: m for m in measurements}
+
+
+def plain_us(m: Measurement, label: str, rows: Mapping[str, Measurement]) -> float | None:
+    """Clean µs of the row that `m` adds something to, on the same backend in the same run."""
+    plain = rows.get(m.row.plain)
+    return plain.outcomes[label].times.best("clean") if plain and label in plain.outcomes else None
+
+
+def added_us(m: Measurement, label: str, rows: Mapping[str, Measurement]) -> float | None:
+    """Clean µs that the row takes longer than its plain one."""
+    plain, own = plain_us(m, label, rows), m.outcomes[label].times.best("clean")
+    return None if plain is None or own is None else own - plain
+
+
+def over_plain(m: Measurement, label: str, rows: Mapping[str, Measurement]) -> float | None:
+    """The plain row's clean time over the row's: above 1 is faster than without what it adds."""
+    plain, own = plain_us(m, label, rows), m.outcomes[label].times.best("clean")
+    return None if plain is None or own is None else plain / own
+
+
 def status(measurement: Measurement, label: str) -> str:
     outcome = measurement.outcomes[label]
     if outcome.skipped:
@@ -94,6 +116,7 @@ def summary(
             table(header, rows),
             *averages(measurements, compared, base),
             *step_launches(measurements),
+            *additions(measurements),
             *remarks(measurements),
         ]
     )
@@ -134,6 +157,16 @@ def step_launches(measurements: Sequence[Measurement]) -> Iterable[str]:
                         f"{m.row.name}, {label}: {o.launches} launches a layer, "
                         f"{o.plan_launches} for the shared schedule"
                     )
+
+
+def additions(measurements: Sequence[Measurement]) -> Iterable[str]:
+    """What a row costs beyond the plain one of the same run."""
+    rows = by_name(measurements)
+    lines = [(m, label) for m in measurements for label in m.outcomes]
+    for m, label in lines:
+        added, times = added_us(m, label, rows), over_plain(m, label, rows)
+        if added is not None and times is not None:
+            yield f"{m.row.name}, {label}: {added:+.2f} µs, {times:.2f} x {m.row.plain}"
 
 
 def remarks(measurements: Sequence[Measurement]) -> Iterable[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import triton_fa
-from bench import masked, sdpa, vllm_triton
+from bench import combine, masked, sdpa, vllm_triton
 from bench.inputs import Inputs
 
 Attention = Callable[[Inputs], torch.Tensor]
@@ -75,6 +75,7 @@ def plan_arguments(inputs: Inputs) -> dict[str, Any]:
         "qkv_dtype": inputs.q.dtype,
         "cu_seqlens_q": inputs.cu_seqlens_q,
         "page_size": row.page_size,
+        "max_seqlen_k_new": row.new,
         "causal": row.causal,
         "window_size": row.window,
         "has_softcap": row.softcap > 0,
@@ -87,9 +88,13 @@ def bind(variant: Variant, inputs: Inputs) -> Bound:
     Raises:
         triton_fa.TritonFAError: the backend is missing, or refuses this workload; says why.
     """
-    if variant.peer:
-        return Bound(variant.peer(inputs), None)
     row = inputs.row
+    if row.phase == "combine":
+        return Bound(combine.bind_attention(variant.label, inputs), None)
+    if variant.peer:
+        if inputs.options:
+            raise triton_fa.UnsupportedError(variant.label, sorted(inputs.options))
+        return Bound(variant.peer(inputs), None)
     plan, metadata, note = None, None, ""
     if row.phase in SCHEDULED and variant.scheduled:
         arguments = plan_arguments(inputs)
@@ -109,7 +114,10 @@ def bind(variant: Variant, inputs: Inputs) -> Bound:
         "sinks": inputs.sinks,
         "return_softmax_lse": row.return_lse,
         "ver": variant.ver,
+        **inputs.options,
     }
+    if row.rotary:
+        common["rotary_interleaved"] = row.rotary == "interleaved"
     if variant.batch_invariant:
         common["batch_invariant"] = True
 

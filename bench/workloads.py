@@ -5,7 +5,10 @@ name. `CORE` holds the rows that results and comparisons are quoted from; `GRID`
 sweep over models, batch sizes, contexts and length distributions, for looking around.
 
 Names read ``<batch>x<keys>.<q heads>/<kv heads>x<head dim>`` and then what is special:
-``p16`` page size, ``q4`` queries per sequence, ``w1024`` left window, ``full`` not causal.
+``p16`` page size, ``q4`` queries per sequence, ``w1024`` left window, ``full`` not causal, ``new1``
+appended keys, turned by ``halves`` or ``interleaved``, ``qv`` scored values, ``kv-e4m3`` float8
+keys and values, ``qkv-e4m3`` queries too. ``combine.<splits>x<batch>x<tokens>`` merges partial
+results.
 """
 
 import dataclasses
@@ -16,8 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Phase = Literal["decode", "prefill", "mixed", "step", "metadata"]
+Phase = Literal["decode", "prefill", "mixed", "step", "metadata", "combine"]
 Layout = Literal["paged", "packed", "dense"]
+Rotary = Literal["", "halves", "interleaved"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,24 @@ class Workload:
     return_lse: bool = False
     max_seqlen_q: int = 0  # 0: the exact maximum; more: a caller that overstates it
     layers: int = 1  # attention calls that share one schedule
+    new: int = 0  # of the keys, how many each sequence appends in the call
+    rotary: Rotary = ""  # which pairs of dims turn together, in q and in the new keys
+    latent: bool = False  # values are scored, too, and keys and values are views of one cache
+    splits: int = 0  # partial results that are merged; keys have no meaning then
     dtype: str = "bfloat16"
+    kv_dtype: str = ""  # empty: that of the queries
     seed: int = 0
     family: str = ""  # the rows it is read together with
+    plain: str = ""  # name of the row that it is with something added
 
     def __post_init__(self) -> None:
         assert len(self.q_lens) == len(self.k_lens) > 0
         assert self.heads.q % self.heads.kv == 0
         assert not (self.dense and (self.page_size or len({*self.k_lens}) > 1))
         assert self.max_seqlen_q == 0 or self.max_seqlen_q >= max(self.q_lens)
+        assert self.new == 0 or (self.page_size and self.new <= min(self.k_lens))
+        assert self.new or not self.rotary
+        assert (self.phase == "combine") == (self.splits > 0)
 
     @property
     def batch(self) -> int:
@@ -69,6 +82,14 @@ class Workload:
     @property
     def head_dim_v(self) -> int:
         return self.heads.dim_v or self.heads.dim
+
+    @property
+    def key_dtype(self) -> str:
+        return self.kv_dtype or self.dtype
+
+    @property
+    def out_dtype(self) -> str:
+        return "bfloat16" if self.dtype.startswith("float8") else self.dtype
 
     @property
     def layout(self) -> Layout:
@@ -99,6 +120,9 @@ GEMMA3_27B = Heads(32, 16, 128)
 MHA_32 = Heads(32, 32, 128)
 DIT = Heads(24, 24, 128)
 MLA_PREFILL = Heads(16, 16, 192, 128)
+# Absorbed MLA: 64 dims with positions, then the latent 512, which are keys and values at once.
+MLA_DECODE = Heads(128, 1, 64, 512)
+MLA_DECODE_TP8 = Heads(16, 1, 64, 512)
 
 
 # ---- length distributions; the names are those of FlashAttention's scheduling benchmark
@@ -199,6 +223,25 @@ def chunk(batch: int, new: int, total: int, heads: Heads, page_size: int = 64) -
     )
 
 
+def beside(plain: Workload, tag: str, family: str, **added: Any) -> Workload:
+    """`plain` with something added, which is compared with it."""
+    name = f"{plain.name}.{tag}"
+    return dataclasses.replace(plain, name=name, family=family, plain=plain.name, **added)
+
+
+def combine(splits: int, batch: int, tokens: int, heads: Heads) -> Workload:
+    """Merging partial results of `batch` sequences with `tokens` queries each."""
+    return Workload(
+        name=f"combine.{splits}x{batch}x{tokens}.{heads.q}x{heads.dim}",
+        phase="combine",
+        q_lens=(tokens,) * batch,
+        k_lens=(tokens,) * batch,
+        heads=heads,
+        splits=splits,
+        family="combine",
+    )
+
+
 def suffix(extra: dict[str, Any]) -> str:
     text = ""
     if "window" in extra:
@@ -210,6 +253,8 @@ def suffix(extra: dict[str, Any]) -> str:
         text += ".sinks"
     if extra.get("return_lse"):
         text += ".lse"
+    if extra.get("latent"):
+        text += ".qv"
     if extra.get("max_seqlen_q"):
         text += f".bound{extra['max_seqlen_q']}"
     if extra.get("layers"):
@@ -328,6 +373,47 @@ def prefill_core() -> Iterator[Workload]:
     yield from mixed_core()
 
 
+def append_core() -> Iterator[Workload]:
+    """Decode steps that store their own new key first, with and without a rotary embedding."""
+    for batch, family in ((1, "small"), (16, "large"), (64, "large")):
+        plain = decode([8192] * batch, LLAMA3_8B, family=family)
+        yield plain
+        yield beside(plain, "new1", "append", new=1)
+        for rotary in ("halves", "interleaved"):
+            yield beside(plain, f"new1.{rotary}", "append", new=1, rotary=rotary)
+
+
+def combine_core() -> Iterator[Workload]:
+    for splits in (4, 16, 32, 64, 128):
+        yield combine(splits, 16, 1, LLAMA3_8B)
+    yield combine(4, 1, 16384, LLAMA3_8B)
+
+
+def latent_core() -> Iterator[Workload]:
+    """Absorbed MLA; the largest cache has 4.8 GB."""
+    for heads in (MLA_DECODE_TP8, MLA_DECODE):
+        for batch in (1, 16, 128):
+            for keys in (2048, 8192, 32768):
+                yield decode([keys] * batch, heads, 64, latent=True, family=f"qv, {heads.q} heads")
+        for q_len in (2, 4):
+            yield decode([8192] * 16, heads, 64, q_len, latent=True, family="qv, drafts")
+
+
+def float8_core() -> Iterator[Workload]:
+    """Rows in bfloat16, then the same with float8 keys and values, or all of q, k and v."""
+    shapes = [(16, 8192, "large"), (64, 512, "small"), (1, 1024, "small"), (1, 131072, "large")]
+    rows = [decode([keys] * batch, LLAMA3_8B, family=family) for batch, keys, family in shapes]
+    rows.append(decode([4096] * 64, GPT_OSS, family="large"))
+    for plain in rows:
+        yield plain
+        yield beside(plain, "kv-e4m3", "float8 decode", kv_dtype="float8_e4m3fn")
+    yield beside(rows[0], "kv-e5m2", "float8 decode", kv_dtype="float8_e5m2")
+    for heads, family in ((LLAMA3_8B, "causal"), (GEMMA2_9B, "head dims")):
+        plain = prefill([16384], heads, family=family)
+        yield plain
+        yield beside(plain, "qkv-e4m3", "float8 prefill", dtype="float8_e4m3fn")
+
+
 # Keys a row may hold at most, so that K and V, and one copy of them, fit beside each other.
 MAX_CACHE_BYTES = 60 * 2**30
 MODELS = {
@@ -418,11 +504,19 @@ DECODE = without_repetition(decode_core())
 PREFILL = without_repetition(prefill_core())
 STEP = without_repetition(step_core())
 METADATA = without_repetition(metadata_core())
+APPEND = without_repetition(append_core())
+COMBINE = without_repetition(combine_core())
+LATENT = without_repetition(latent_core())
+FLOAT8 = without_repetition(float8_core())
 CORE: dict[str, tuple[Workload, ...]] = {
     "decode": DECODE,
     "prefill": PREFILL,
     "step": STEP,
     "metadata": METADATA,
+    "append": APPEND,
+    "combine": COMBINE,
+    "latent": LATENT,
+    "float8": FLOAT8,
 }
 GRID: dict[str, tuple[Workload, ...]] = {
     "decode": without_repetition(decode_grid()),

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from zipfile import ZipFile
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend
 
 import triton_fa
-from bench import counters, judge, masked, report, sdpa, timing, vllm_triton, workloads
+from bench import combine, counters, judge, masked, report, sdpa, timing, vllm_triton, workloads
 from bench.__main__ import main, parse, run_rows, write
 from bench.compilations import compilations
 from bench.compile_ahead import commands
@@ -29,7 +29,7 @@ from bench.inputs import Inputs, make_inputs
 from bench.launches import graph_nodes, launches
 from bench.measure import Measurement, Outcome, as_json, measure, workspace_bytes
 from bench.timing import ROTATION_BYTES, Flusher, Times, copies_for, ratio
-from bench.variants import VARIANTS, bind
+from bench.variants import VARIANTS, Bound, Variant, bind
 from bench.workloads import CORE, GRID, LLAMA3_8B, Workload, decode, find, prefill, shrunk
 from reference.entries import flash_attn_with_kvcache as reference_attention
 
@@ -85,6 +85,39 @@ def test_a_window_bounds_the_bytes() -> None:
     assert counters.mandatory_bytes(row) == kv + 16 * 32 * 128 * 2 * 2
 
 
+def test_a_new_key_is_written_besides() -> None:
+    plain, row = find("16x8192.32/8x128.p16"), find("16x8192.32/8x128.p16.new1.halves")
+    assert counters.mandatory_bytes(row) - counters.mandatory_bytes(plain) == 65_536
+    assert counters.flops(row) == counters.flops(plain)
+
+
+def test_a_latent_cache_counts_once_and_is_scored_twice() -> None:
+    row = find("16x8192.16/1x64,512.p64.qv")
+    cache, q, out = 150_994_944, 294_912, 262_144
+    assert counters.cache_bytes(row) == cache
+    assert counters.mandatory_bytes(row) == cache + q + out
+    assert counters.flops(row) == 2 * (64 + 512 + 512) * 16 * 16 * 8192
+    drafts = find("16x8192.16/1x64,512.p64.q2.qv")
+    assert counters.mandatory_bytes(drafts) == cache + 2 * (q + out)
+    assert counters.flops(drafts) == 2 * (64 + 512 + 512) * 16 * 16 * (8191 + 8192)
+
+
+def test_float8_numbers_are_one_byte_and_results_two() -> None:
+    assert counters.mandatory_bytes(find("16x8192.32/8x128.p16.kv-e4m3")) == 268_435_456 + 262_144
+    assert counters.cache_bytes(find("16x8192.32/8x128.p16.kv-e5m2")) == 268_435_456
+    row = find("1x16384.32/8x128.qkv-e4m3")
+    assert counters.mandatory_bytes(row) == 16384 * (8 * 256 + 32 * 128 + 2 * 32 * 128)
+    assert counters.flops(row) == counters.flops(find("1x16384.32/8x128"))
+
+
+def test_merging_reads_every_part() -> None:
+    row = find("combine.4x16x1.32x128")
+    parts, lses, out, lse = 1_048_576, 8_192, 131_072, 2_048
+    assert counters.mandatory_bytes(row) == parts + lses + out + lse
+    assert counters.flops(row) == 524_288
+    assert counters.mandatory_bytes(find("combine.4x1x16384.32x128")) == 1_218_445_312
+
+
 def test_every_page_size_is_counted_in_the_cache() -> None:
     row = dataclasses.replace(decode([17], LLAMA3_8B), page_size=16)
     assert counters.cache_bytes(row) == 32 * 8 * 128 * 2 * 2
@@ -137,6 +170,15 @@ def test_core_holds_the_rows_that_results_are_quoted_from() -> None:
     expected += [("prefill", 8192, 34, "32/8x128", None), ("prefill", 2, 8192, "24/24x128", None)]
     expected += [("prefill", 4, 4096, f"32/8x{d}", None) for d in (80, 96, 128, 160)]
     assert core >= set(expected)
+    assert {
+        kind: (len(CORE[kind]), {r.family for r in CORE[kind] if r.plain or not r.page_size})
+        for kind in ("append", "combine", "latent", "float8")
+    } == {
+        "append": (12, {"append"}),
+        "combine": (6, {"combine"}),
+        "latent": (22, set()),
+        "float8": (15, {"float8 decode", "float8 prefill", "causal", "head dims"}),
+    }
 
 
 def test_every_row_is_consistent() -> None:
@@ -149,6 +191,15 @@ def test_every_row_is_consistent() -> None:
         small = shrunk(row)
         assert max(small.k_lens) <= 64, row.name
         assert small.heads == row.heads, row.name
+
+
+def test_a_row_runs_beside_the_one_it_is_compared_with() -> None:
+    compared = [(kind, r) for kind, rows in CORE.items() for r in rows if r.plain]
+    assert len(compared) == 9 + 8
+    for kind, row in compared:
+        plain = find(row.plain)
+        assert plain in CORE[kind]
+        assert (plain.q_lens, plain.k_lens, plain.heads) == (row.q_lens, row.k_lens, row.heads)
 
 
 def test_select_searches_names_and_families() -> None:
@@ -284,6 +335,65 @@ def test_the_torch_backend_passes_the_judge(name: str) -> None:
     assert judge.judge(inputs, out) <= 1e-3
 
 
+# Each form of the rows that append, score values, hold float8 numbers or merge.
+OWN = [
+    ("16x8192.32/8x128.p16.new1", "float16"),
+    ("16x8192.32/8x128.p16.new1.halves", "float16"),
+    ("16x8192.32/8x128.p16.new1.interleaved", "float32"),
+    ("16x8192.16/1x64,512.p64.q2.qv", "float16"),
+    ("16x8192.32/8x128.p16.kv-e4m3", "float16"),
+    ("16x8192.32/8x128.p16.kv-e5m2", "float16"),
+    ("1x16384.32/8x128.qkv-e4m3", "float8_e4m3fn"),
+    ("combine.16x16x1.32x128", "float32"),
+    ("combine.4x1x16384.32x128", "float16"),
+]
+
+
+@pytest.mark.parametrize("label", ["torch", "triton"])
+@pytest.mark.parametrize(("name", "dtype"), OWN)
+def test_own_backends_pass_the_judge(name: str, dtype: str, label: str, device: str) -> None:
+    if label == "triton":
+        pytest.importorskip("triton")
+    row = dataclasses.replace(shrunk(find(name), top=24), dtype=dtype)
+    inputs = make_inputs(row, torch.device(device))
+    with triton_fa.strict():
+        out = bind(VARIANTS[label], inputs).call(inputs)
+    limit = judge.BUDGET if dtype.startswith("float8") else 2e-3
+    assert judge.judge(inputs, out) <= limit
+    assert judge.appended(inputs) <= 2e-3
+
+
+def test_the_judge_knows_the_rotations_apart() -> None:
+    inputs = tiny(find("16x8192.32/8x128.p16.new1.halves"))
+    with triton_fa.strict():
+        out = bind(VARIANTS["torch"], inputs).call(inputs)
+    other = dataclasses.replace(
+        inputs, row=dataclasses.replace(inputs.row, rotary="interleaved")
+    )
+    assert judge.judge(other, out) > judge.budget(inputs)
+    assert judge.appended(other) > judge.budget(inputs)
+
+
+@pytest.mark.parametrize("option", ["q_descale", "k_descale", "v_descale"])
+def test_the_judge_needs_every_factor(option: str) -> None:
+    inputs = make_inputs(shrunk(find("1x16384.32/8x128.qkv-e4m3"), top=24), CPU)
+    with triton_fa.strict():
+        out = bind(VARIANTS["torch"], inputs).call(inputs)
+    options = {**inputs.options, option: 2 * inputs.options[option]}
+    assert judge.judge(dataclasses.replace(inputs, options=options), out) > judge.FLOAT8_BUDGET
+
+
+def test_a_copied_latent_cache_is_one_cache() -> None:
+    inputs = tiny(find("1x2048.16/1x64,512.p64.qv"))
+    copy = inputs.other_cache()
+    for x in (inputs, copy):
+        assert x.k.untyped_storage().data_ptr() == x.v.untyped_storage().data_ptr()
+        assert x.k.stride() == x.v.stride() == (16 * 576, 576, 576, 1)
+    assert copy.k.data_ptr() != inputs.k.data_ptr()
+    assert torch.equal(copy.k, inputs.k)
+    assert torch.equal(copy.v, inputs.v)
+
+
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> Flusher:
     """A device to measure on that has no clock: every call runs once and takes 7 µs."""
@@ -313,6 +423,82 @@ def test_a_row_is_checked_timed_and_reported(untimed: Flusher) -> None:
     assert outcome.times.chain == (7.0 / 20,) * 3
     assert done.outcomes["3"].skipped
     assert report.summary([done], ["torch", "3"]).count("skipped") == 1
+
+
+def test_who_does_not_append_is_wrong_even_after_one_who_did(
+    untimed: Flusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`triton` is a stand-in that reads the slot of the new key and writes nothing there."""
+
+    def lazy(variant: Variant, inputs: Inputs) -> Bound:
+        if variant.label == "torch":
+            return bind(variant, inputs)
+        plain = dataclasses.replace(inputs.row, new=0)
+        longer = inputs.seqused_k + 1
+        cached = dataclasses.replace(inputs, row=plain, seqused_k=longer, options={})
+        bound = bind(VARIANTS["torch"], cached)
+        return Bound(lambda x: bound.call(cached), None)
+
+    monkeypatch.setattr("bench.measure.bind", lazy)
+    row = shrunk(find("16x8192.32/8x128.p16.new1"), top=24)
+    done = measure(dataclasses.replace(row, dtype="float32"), ["torch", "triton"], untimed, 1)
+    assert done.outcomes["torch"].correct
+    assert done.failed == ["triton"]
+
+
+def test_ways_of_merging_that_are_absent_are_named(
+    untimed: Flusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(combine, "PEERS", dict.fromkeys(("3", "4"), "no_such_module"))
+    row = shrunk(find("combine.4x16x1.32x128"), top=24)
+    labels = parse(["combine"]).labels
+    assert labels == ["triton", "torch", "3", "4"]
+    done = measure(row, [*labels[1:], "sdpa"], untimed, bursts=1)
+    assert done.outcomes["torch"].correct
+    text = report.summary([done], labels[1:])
+    for label in ("3", "4"):
+        assert f"! {label}: ver={label}" in text
+        assert "no_such_module.flash_attn_combine: ModuleNotFoundError" in done.outcomes[label].skipped
+    assert "merging partial results" in done.outcomes["sdpa"].skipped
+
+
+@pytest.mark.parametrize("label", ["3", "4"])
+def test_a_peer_that_merges_is_judged(
+    label: str, untimed: Flusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that offers FlashAttention's function, right and then wrong."""
+    peer = ModuleType("a_peer")
+    vars(peer)["flash_attn_combine"] = triton_fa.flash_attn_combine
+    monkeypatch.setitem(sys.modules, "a_peer", peer)
+    monkeypatch.setitem(combine.PEERS, label, "a_peer")
+    row = shrunk(find("combine.4x16x1.32x128"), top=24)
+    assert measure(row, [label], untimed, bursts=1).outcomes[label].correct
+    vars(peer)["flash_attn_combine"] = lambda out, lse, out_dtype: (out[0].to(out_dtype), lse[0])
+    assert measure(row, [label], untimed, bursts=1).failed == [label]
+
+
+@pytest.mark.parametrize("label", ["sdpa", masked.LABEL, vllm_triton.LABEL])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("16x8192.32/8x128.p16.new1.halves", "k; rotary_cos; rotary_sin; v"),
+        ("16x8192.16/1x64,512.p64.qv", "qv"),
+        ("1x16384.32/8x128.qkv-e4m3", "k_descale; q_descale; v_descale"),
+    ],
+)
+def test_peers_refuse_what_they_are_not_given(label: str, name: str, reason: str) -> None:
+    inputs = make_inputs(shrunk(find(name), top=24), CPU)
+    with pytest.raises(triton_fa.UnsupportedError, match=reason):
+        bind(VARIANTS[label], inputs)
+
+
+def test_what_a_row_adds_is_said_for_each_backend() -> None:
+    plain, row = "16x8192.32/8x128.p16", "16x8192.32/8x128.p16.new1"
+    text = report.summary([measured(plain, 130, 120), measured(row, 132.5, 160)], ["triton", "3"])
+    assert f"{row}, triton: +2.50 µs, 0.98 x {plain}" in text
+    assert f"{row}, 3: +40.00 µs, 0.75 x {plain}" in text
+    assert f"{row}, 4" not in text
+    assert f"x {plain}" not in report.summary([measured(row, 132.5, 160)], ["triton", "3"])
 
 
 def test_a_result_row_holds_rates_and_the_state_of_the_gpu(untimed: Flusher) -> None:
@@ -514,6 +700,9 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prefill", "--rows", "ragged9", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["ragged9.32/8x128"]
     assert main(["decode", "--rows", "no such row"]) == 2
+    for kind in ("append", "combine", "latent", "float8"):
+        assert main([kind, "--list"]) == 0
+        assert capsys.readouterr().out.split() == [row.name for row in CORE[kind]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
