@@ -367,9 +367,7 @@ def test_the_judge_knows_the_rotations_apart() -> None:
     inputs = tiny(find("16x8192.32/8x128.p16.new1.halves"))
     with triton_fa.strict():
         out = bind(VARIANTS["torch"], inputs).call(inputs)
-    other = dataclasses.replace(
-        inputs, row=dataclasses.replace(inputs.row, rotary="interleaved")
-    )
+    other = dataclasses.replace(inputs, row=dataclasses.replace(inputs.row, rotary="interleaved"))
     assert judge.judge(other, out) > judge.budget(inputs)
     assert judge.appended(other) > judge.budget(inputs)
 
@@ -458,7 +456,9 @@ def test_ways_of_merging_that_are_absent_are_named(
     text = report.summary([done], labels[1:])
     for label in ("3", "4"):
         assert f"! {label}: ver={label}" in text
-        assert "no_such_module.flash_attn_combine: ModuleNotFoundError" in done.outcomes[label].skipped
+        assert (
+            "no_such_module.flash_attn_combine: ModuleNotFoundError" in done.outcomes[label].skipped
+        )
     assert "merging partial results" in done.outcomes["sdpa"].skipped
 
 
@@ -471,6 +471,7 @@ def test_a_peer_that_merges_is_judged(
     vars(peer)["flash_attn_combine"] = triton_fa.flash_attn_combine
     monkeypatch.setitem(sys.modules, "a_peer", peer)
     monkeypatch.setitem(combine.PEERS, label, "a_peer")
+    monkeypatch.setattr("bench.measure.capture", lambda calls: SimpleNamespace(replay=lambda: None))
     row = shrunk(find("combine.4x16x1.32x128"), top=24)
     assert measure(row, [label], untimed, bursts=1).outcomes[label].correct
     vars(peer)["flash_attn_combine"] = lambda out, lse, out_dtype: (out[0].to(out_dtype), lse[0])

@@ -221,6 +221,39 @@ def test_every_number_in_a_table_is_the_files(
         assert agrees(line, expected[line["row"], line["backend"]]), line
 
 
+def test_rows_that_add_something_stand_beside_their_plain_ones(tmp_path: Path) -> None:
+    appended, float8 = f"{LARGE}.new1.halves", f"{LARGE}.kv-e4m3"
+    rows = [measured(LARGE, triton=130, _3=120), measured(appended, triton=132.5, _3=160)]
+    rows.append(measured(float8, triton=65))
+    path = file(tmp_path / "added.json", *rows)
+    found = {(x["row"], x["backend"]): x for x in Page(html(path, to=tmp_path)).measured}
+    cells = {key: (line["added µs"], line["x plain"]) for key, line in found.items()}
+    assert cells == {
+        (LARGE, "triton"): ("", ""),
+        (LARGE, "3"): ("", ""),
+        (appended, "triton"): ("+2.50", "0.98"),
+        (appended, "3"): ("+40.00", "0.75"),
+        (float8, "triton"): ("-65.00", "2.00"),
+    }
+
+
+def test_latent_rows_are_near_either_roof(tmp_path: Path) -> None:
+    """151.6 MB at 4.3 TB/s are 35.2 µs, and 8 times the FLOP of 16 heads at 700 TFLOP/s 52.2."""
+    few, many = (f"16x8192.{heads}/1x64,512.p64.qv" for heads in (16, 128))
+    path = file(tmp_path / "latent.json", measured(few, triton=35.25), measured(many, triton=104.3))
+    lines = {x["row"]: x for x in Page(html(path, to=tmp_path)).measured}
+    assert lines[few]["of roof"] == "1.00"
+    assert lines[many]["of roof"] == "0.50"
+
+
+def test_merging_has_rates_and_no_keys(tmp_path: Path) -> None:
+    path = file(tmp_path / "combine.json", measured("combine.4x1x16384.32x128", triton=400))
+    text = html(path, to=tmp_path)
+    (line,) = Page(text).measured
+    assert line["TB/s"] == "3.05"
+    assert "keys of the longest sequence" not in text
+
+
 def test_the_committed_page_holds_the_committed_numbers() -> None:
     lines = Page((RESULTS / "2026-11-20-h200.html").read_text(encoding="utf-8")).measured
     files = [expectations(path) for path in FA3]
