@@ -82,7 +82,7 @@ def first_call(label: str, inputs: Inputs, outcome: Outcome) -> tuple[Bound, tor
     outcome.compile_s = sum(compiled) if compiled else None
     outcome.note = bound.note
     if inputs.row.new:  # the next variant writes there, too
-        outcome.deviation = appended(inputs)
+        outcome.deviation, outcome.against = appended(inputs), "fp32"
         outcome.correct = outcome.deviation <= budget(inputs)
     return bound, out
 
@@ -117,7 +117,8 @@ def measure(
                 bound[label], outs[label] = first_call(label, inputs, outcomes[label])
             except triton_fa.TritonFAError as error:
                 outcomes[label].skipped = str(error)
-        reference = outs.get(BASELINE) if against_peer else None
+        trusted = against_peer and BASELINE in outs and outcomes[BASELINE].correct is not False
+        reference = outs[BASELINE] if trusted else None
         for label, out in outs.items():
             if out is not None:
                 peer = None if label == BASELINE else reference

@@ -29,7 +29,7 @@ from bench.inputs import Inputs, make_inputs
 from bench.launches import graph_nodes, launches
 from bench.measure import Measurement, Outcome, as_json, measure, workspace_bytes
 from bench.timing import ROTATION_BYTES, Flusher, Times, copies_for, ratio
-from bench.variants import VARIANTS, Bound, Variant, bind
+from bench.variants import VARIANTS, Bound, Variant, bind, plan_arguments
 from bench.workloads import CORE, GRID, LLAMA3_8B, Workload, decode, find, prefill, shrunk
 from reference.entries import flash_attn_with_kvcache as reference_attention
 
@@ -363,6 +363,14 @@ def test_own_backends_pass_the_judge(name: str, dtype: str, label: str, device: 
     assert judge.appended(inputs) <= 2e-3
 
 
+def test_a_schedule_knows_of_new_keys() -> None:
+    arguments = plan_arguments(tiny(find("16x8192.32/8x128.p16.new1")))
+    assert arguments["max_seqlen_k_new"] == 1
+    assert arguments["cache_seqlens"].tolist() == [23] * 4
+    arguments = plan_arguments(tiny(find("16x8192.16/1x64,512.p64.qv")))
+    assert (arguments["headdim"], arguments["headdim_v"]) == (64, 512)
+
+
 def test_the_judge_knows_the_rotations_apart() -> None:
     inputs = tiny(find("16x8192.32/8x128.p16.new1.halves"))
     with triton_fa.strict():
@@ -379,6 +387,21 @@ def test_the_judge_needs_every_factor(option: str) -> None:
         out = bind(VARIANTS["torch"], inputs).call(inputs)
     options = {**inputs.options, option: 2 * inputs.options[option]}
     assert judge.judge(dataclasses.replace(inputs, options=options), out) > judge.FLOAT8_BUDGET
+
+
+@pytest.mark.parametrize("name", ["1x16384.32/8x128.qkv-e4m3", "1x16384.16/8x256.qkv-e4m3"])
+def test_the_float8_budget_is_for_weights_in_float8(name: str) -> None:
+    """As FA3 computes: weights times 2**8 in e4m3, their sum in float32."""
+    inputs = make_inputs(shrunk(find(name)), CPU)
+    q, (k, v) = judge.queries_of(inputs, 0), judge.keys_of(inputs, 0)
+    heads = inputs.row.heads
+    scores = torch.einsum("nhgd,khd->hgnk", q.unflatten(1, (heads.kv, -1)), k) * heads.dim**-0.5
+    scores.masked_fill_(~dense_mask(inputs.row, 0), -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    rounded = (256 * weights).to(torch.float8_e4m3fn).float() / 256
+    shares = rounded / weights.sum(-1, keepdim=True)
+    out = torch.einsum("hgnk,khd->nhgd", shares, v).flatten(1, 2).bfloat16()
+    assert judge.BUDGET < judge.judge(inputs, out) < judge.FLOAT8_BUDGET / 2
 
 
 def test_a_copied_latent_cache_is_one_cache() -> None:
@@ -442,6 +465,28 @@ def test_who_does_not_append_is_wrong_even_after_one_who_did(
     done = measure(dataclasses.replace(row, dtype="float32"), ["torch", "triton"], untimed, 1)
     assert done.outcomes["torch"].correct
     assert done.failed == ["triton"]
+
+
+def test_a_baseline_that_does_not_append_judges_nobody(
+    untimed: Flusher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`3` is a stand-in that returns what `torch` does and then loses the new key."""
+
+    def losing(variant: Variant, inputs: Inputs) -> Bound:
+        bound = bind(VARIANTS["torch"], inputs)
+
+        def call(x: Inputs) -> torch.Tensor:
+            out = torch.full_like(bound.call(x), math.nan)
+            x.forget_new()
+            return out
+
+        return bound if variant.label == "torch" else Bound(call, None)
+
+    monkeypatch.setattr("bench.measure.bind", losing)
+    row = shrunk(find("16x8192.32/8x128.p16.new1"), top=24)
+    done = measure(dataclasses.replace(row, dtype="float32"), ["torch", "3"], untimed, 1)
+    assert done.failed == ["3"]
+    assert done.outcomes["torch"].against == "fp32"
 
 
 def test_ways_of_merging_that_are_absent_are_named(
