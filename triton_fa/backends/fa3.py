@@ -142,6 +142,8 @@ class FA3Backend:
             raise BackendUnavailableError(3, provider)
         if problem.spec.rotary_dim and not problem.bounds.total_new:
             raise UnsupportedError(3, ["rotary_cos: nothing is rotated where k has no token"])
+        if reasons := _misaligned(problem.tensors):
+            raise UnsupportedError(3, reasons)
         if without_work(problem):
             if problem.bounds.total_new:
                 raise UnsupportedError(3, ["k: nothing is appended where q has no token"])
@@ -169,6 +171,20 @@ class FA3Backend:
             return _result(function.call(**fixed, **arguments(tensors), **given), tensors.out)
 
         return run
+
+
+def _misaligned(tensors: Tensors) -> list[str]:
+    """What FA3's copies of 16 bytes cannot read: it does not look, and they fault."""
+    reasons = []
+    for name in ("q", "k", "v"):
+        tensor = getattr(tensors, name)
+        size = tensor.element_size()
+        if tensor.data_ptr() % 16 or any(s * size % 16 for s in tensor.stride()[:-1]):
+            reasons.append(
+                f"{name}: strides {tensor.stride()} of {size} bytes at an address of "
+                f"{tensor.data_ptr() % 16} past 16: expected multiples of 16 bytes"
+            )
+    return reasons
 
 
 def _device_reason(device: torch.device) -> str | None:
@@ -340,11 +356,15 @@ def _fixed_arguments(problem: Problem, function: Function) -> dict[str, Any]:
 
 
 def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensors], dict[str, Any]]:
-    packed = problem.spec.query_layout == "packed"
-    fixed: dict[str, Any] = {"max_seqlen_q": problem.bounds.max_seqlen_q} if packed else {}
+    spec = problem.spec
+    fixed: dict[str, Any] = {}
+    if spec.query_layout == "packed":
+        fixed["max_seqlen_q"] = problem.bounds.max_seqlen_q
+        if spec.rotary_moving:  # by the bound as it was stated, which q need not fill
+            fixed["max_seqlen_q"] = max(problem.bounds.max_seqlen_q, spec.window_right + 2)
     lengths = _same_lengths(problem)
     leftpad = function.spelled("cache_leftpad")
-    only_qv = "only_qv" in problem.spec.features
+    only_qv = "only_qv" in spec.features
 
     def arguments(tensors: Tensors) -> dict[str, Any]:
         given = dict(fixed)

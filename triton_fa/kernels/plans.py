@@ -268,9 +268,11 @@ def _wanted_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, varlen_q: 
         return 0  # unsplit rows are what the prefill kernel computes
     if spec.query_layout == "dense" and not varlen_q:
         return 0 if group != most_rows or most_rows > 128 else 128
-    if group > limit:
-        return 128 if group <= 128 else 0
-    return limit
+    if group > 128:
+        return 0
+    # One token of each head: most sequences of such a batch have no more, and pay for every row.
+    rows = max(16, next_power_of_2(group))
+    return rows if rows <= limit else 128
 
 
 def _chunking(spec: AttnSpec, block_n: int) -> tuple[int | None, int | None]:

@@ -294,13 +294,17 @@ def _decode_grid(spec: AttnSpec, device: DeviceFacts, rows: int) -> Iterator[Dec
 def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
     """Shared memory of all resident programs of a decode tile.
 
-    Keys, values and q once a stage; 64 rows and more also stage the operands of wgmma.
+    Keys and values are loaded a stage less ahead, q is there once a stage and once more; an upper
+    bound of what was compiled. From 64 rows on the operands of wgmma are staged, too.
     """
-    per_stage = 2 * tile.block_n + max(16, rows)
-    operands = 2 * tile.block_n if rows >= 64 and size == 2 else 0
-    operands += rows if rows > 64 and size == 2 else 0
-    per_program = (per_stage * max(1, tile.num_stages) + operands) * dim * size
-    return per_program * tile.programs_per_sm
+    stages, rows = max(1, tile.num_stages), max(16, rows)
+    if rows < 64:
+        kept = 2 * tile.block_n * max(1, stages - 1) + rows * (stages + 1)
+    else:
+        kept = (2 * tile.block_n + rows) * stages
+        kept += 2 * tile.block_n if size == 2 else 0
+        kept += rows if rows > 64 and size == 2 else 0
+    return kept * dim * size * tile.programs_per_sm
 
 
 def latent_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
