@@ -19,6 +19,7 @@ _common: dict[str, Any] = {
     "suppress_health_check": [
         hypothesis.HealthCheck.too_slow,
         hypothesis.HealthCheck.data_too_large,
+        hypothesis.HealthCheck.filter_too_much,  # draws are cheap, and a test without any fails
         hypothesis.HealthCheck.function_scoped_fixture,
     ],
 }

@@ -285,11 +285,16 @@ def _within(seqlens_q: tuple[int, ...], seqlens_k: tuple[int, ...], work: int) -
 
 
 @st.composite
-def cases(draw: st.DrawFn, scale: Scale, entries: tuple[str, ...] = ENTRIES) -> Case:
-    """A legal case, drawn by hypothesis."""
+def cases(
+    draw: st.DrawFn,
+    scale: Scale,
+    entries: tuple[str, ...] = ENTRIES,
+    change: Callable[[Spec], Spec] = lambda spec: spec,
+) -> Case:
+    """A legal case, drawn by hypothesis; `change` is applied to its spec."""
     pick = draw(st.randoms(use_true_random=False))
     seed = draw(st.integers(0, 2**16))
-    return draw_case(pick, draw_spec(pick, scale, entries), scale, seed=seed)
+    return draw_case(pick, change(draw_spec(pick, scale, entries)), scale, seed=seed)
 
 
 def pairwise(seed: int, scale: Scale) -> list[Case]:

@@ -18,7 +18,6 @@ from parity_tests.rearranged import (
     of_sequences,
     packed,
 )
-from parity_tests.strategies import lengths_around
 
 REPEATS = 2 if DEVICE.interpreted else 1000
 # Each repeat is a call: in the interpreter one of appending and decode, and one of prefill.
@@ -57,8 +56,10 @@ def batches(draw: st.DrawFn, longest_q: int) -> Case:
     """Ragged causal batches on a cache, around the length from which sequences are cut."""
     size = draw(st.integers(2, 3 if DEVICE.interpreted else 40))
 
-    def several(length: st.SearchStrategy[int]) -> tuple[int, ...]:
-        return tuple(draw(st.lists(length, min_size=size, max_size=size)))
+    def several(*length: st.SearchStrategy[int]) -> tuple[int, ...]:
+        return tuple(draw(st.lists(st.one_of(length), min_size=size, max_size=size)))
+
+    edges = [st.integers(edge - 1, edge + 1) for edge in (CHUNK, 2 * CHUNK)]
 
     return Case(
         **MODEL,
@@ -67,7 +68,7 @@ def batches(draw: st.DrawFn, longest_q: int) -> Case:
         window=draw(st.sampled_from(((-1, -1), (-1, -1), (600, 0)))),
         sinks=draw(st.booleans()),
         seqlens_q=several(st.integers(1, longest_q)),
-        seqlens_k=several(st.one_of(st.integers(1, 70), lengths_around((CHUNK, 2 * CHUNK), 1100))),
+        seqlens_k=several(st.integers(1, 70), st.integers(0, 1100), *edges),
         seed=draw(st.integers(0, 2**16)),
     )
 

@@ -97,7 +97,7 @@ def drawn(*entries: str, **fixed: Any) -> st.SearchStrategy[Case]:
             changes["head_dim_v"] = min(spec.head_dim_v, 256)
         return replace(spec, **changes)
 
-    cases = strategies.cases(SCALE, strategies.specs(SCALE, entries).map(fix))
+    cases = strategies.cases(SCALE, entries, fix)
     return cases.filter(lambda c: c.batch > 1 and sum(c.seqlens_q) > 0 and max(c.keys) > 32)
 
 
