@@ -1176,6 +1176,9 @@ def test_fa4_gets_functions_of_its_own_kind(hopper: pytest.MonkeyPatch, fake: Fa
     assert (fake.function, fake.last["mask_mod"]) == ("dense", some_mod)
     assert fake.last["block_sparse_tensors"].mask_block_cnt is lists.mask_block_cnt
     assert fake.last["block_sparse_tensors"].block_size == (128, 128)
+    arch(hopper, 10)
+    VARLEN(**given, mask_mod=some_mod, block_sparse_tensors=lists, num_splits=0, ver=4)
+    assert fake.last["num_splits"] == 1
 
 
 LISTED = {"mask_mod": some_mod, "block_sparse_tensors": some_lists()}
@@ -1184,6 +1187,8 @@ FA4_REASONS = [
     (8, VARLEN, packed(score_mod=some_mod), "score_mod on compute capability 8.x"),
     (9, VARLEN, packed(**LISTED), "block_sparse_tensors with a batch dimension beside cu_seq"),
     (12, VARLEN, packed(**LISTED), "block_sparse_tensors on compute capability 12.x"),
+    (10, KVCACHE, paged(**LISTED), "block_sparse_tensors with page_table on compute capability 10"),
+    (10, VARLEN, packed(**LISTED, num_splits=2), "num_splits=2: expected 0 or 1 beside block lis"),
     (9, DENSE, dense(num_splits=2), "num_splits=2: expected 0 or 1 on compute capability 9.x"),
     (9, DENSE, FA3_REASONS[0][0], "q: dtype float32"),
     (9, DENSE, dims(264, 264), "head_dim=264, head_dim_v=264"),

@@ -187,6 +187,10 @@ def _mod_reasons(spec: AttnSpec, major: int) -> list[str]:
             reasons.append(f"block_sparse_tensors on compute capability {major}.x")
         if spec.query_layout == "packed":
             reasons.append("block_sparse_tensors with a batch dimension beside cu_seqlens_q")
+        if spec.key_layout == "paged" and major in (10, 11):
+            reasons.append(f"block_sparse_tensors with page_table on compute capability {major}.x")
+        if spec.num_splits > 1 and major in (10, 11):
+            reasons.append(f"num_splits={spec.num_splits}: expected 0 or 1 beside block lists")
     return reasons
 
 
@@ -231,9 +235,11 @@ def _sm90_tile_keys(spec: AttnSpec) -> int:
 def _fixed_arguments(problem: Problem) -> dict[str, Any]:
     spec = problem.spec
     causal = spec.window_right == 0
-    # There is no splitting outside Blackwell, and its own choice of a count would be refused.
+    # There is no splitting outside Blackwell and beside block lists, and its own choice of a count
+    # would be refused.
     splits = spec.num_splits
-    if device_facts.facts(spec.device).arch[0] not in (10, 11):
+    listed = "block_sparse_tensors" in spec.features
+    if listed or device_facts.facts(spec.device).arch[0] not in (10, 11):
         splits = 1
     mods = {"score_mod": spec.score_mod, "mask_mod": spec.mask_mod}
     return {name: mod for name, mod in mods.items() if mod is not None} | {
