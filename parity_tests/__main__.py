@@ -101,7 +101,7 @@ class Shard(click.ParamType):
     type=Shard(),
     default="1/1",
     show_default=True,
-    help="The i-th of n equal shares of the cases, as i/n.",
+    help="The i-th of n shares of the compile-time variants, with all of their cases, as i/n.",
 )
 @click.option(
     "--strict-known/--no-strict-known",

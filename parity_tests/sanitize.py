@@ -26,7 +26,8 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 # program, whose exit status tells as much.
 NO_FINDING = re.compile(r"COMPUTE-SANITIZER$|[A-Z]+ SUMMARY: |Target application returned an error")
 
-# Every path of the kernels, by the names of cases.
+# Paths of the kernels, by the names of cases. None has a score_mod, a mask_mod or block lists, and
+# none merges results: no case of the harness does.
 CASES = (
     "llama3-8b decode, page 16",
     "llama3-8b decode, dense cache",

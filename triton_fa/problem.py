@@ -33,10 +33,11 @@ class BlockSparseTensors(NamedTuple):
     sequence's first query and key, and listed in ascending order.
 
     mask_block_cnt: (batch, heads, query blocks) int32: how many entries of each list count.
-    mask_block_idx: (batch, heads, query blocks, entries) int32. Batch and heads may be 1, for all.
+    mask_block_idx: (batch, heads, query blocks, entries) int32. Batch and heads may be 1, for all;
+        where several query heads share a kv head, heads must be.
     full_block_cnt, full_block_idx: the same of the full blocks, or None without any.
-    cu_total_m_blocks, cu_block_idx_offsets: None; lists packed over sequences are refused.
-    block_size: (queries, keys) of a block.
+    cu_total_m_blocks, cu_block_idx_offsets: None; lists packed over sequences are not taken.
+    block_size: (queries, keys) of a block, multiples of 16.
     """
 
     mask_block_cnt: torch.Tensor
