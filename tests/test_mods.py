@@ -323,20 +323,45 @@ def test_a_list_for_each_sequence_and_head() -> None:
         torch.testing.assert_close(out[b, :, h].double(), exact, atol=4e-3, rtol=4e-3)
 
 
-def test_lists_of_garbage_stay_inside() -> None:
-    batch = Batch((100, 60), (50, 40))
-    listed = causal_lists(50, 100, (16, 16))
-    rng = torch.Generator().manual_seed(1)
-    wild = [
-        torch.randint(-(2**31), 2**31 - 1, x.shape, generator=rng).int().to(DEVICE)
-        for x in listed[:4]
-        if x is not None
-    ]
-    out, _ = batch.call(
-        mask_mod=causal_mask,
-        block_sparse_tensors=triton_fa.BlockSparseTensors(*wild, block_size=(16, 16)),
-    )
-    assert out.shape == batch.q.shape
+def amid(tensor: torch.Tensor, filling: float) -> torch.Tensor:
+    """A copy in the middle of memory that holds nothing else."""
+    pool = torch.full((3, *tensor.shape), filling, dtype=tensor.dtype, device=tensor.device)
+    pool[1] = tensor
+    return pool[1]
+
+
+def garbage(like: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Any numbers, and as many near those of a list."""
+    wild = torch.randint(-(2**31), 2**31 - 1, like.shape, generator=rng)
+    near = torch.randint(-2, 8, like.shape, generator=rng)
+    return torch.where(torch.rand(like.shape, generator=rng) < 0.5, wild, near).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lists_of_garbage_stay_inside(seed: int) -> None:
+    """What lies around them, and around the keys, changes nothing."""
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, 1, 100, 1, 32, generator=rng).half().to(DEVICE)
+    listed = causal_lists(100, 100, (16, 16))
+    wild = [garbage(x, rng) for x in listed[:4] if x is not None]
+    found = []
+    for filling in (0, 3):
+        moved = (amid(x, filling) for x in wild)
+        given = triton_fa.BlockSparseTensors(*moved, block_size=(16, 16))
+        found.append(
+            triton_fa.flash_attn_varlen_func(
+                q,
+                amid(k, math.nan),
+                amid(v, math.nan),
+                None,
+                None,
+                mask_mod=everything,
+                block_sparse_tensors=given,
+                ver="triton",
+            )
+        )
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
