@@ -422,6 +422,8 @@ def some_lists(**changed: Any) -> dict[str, Any]:
         (some_lists(full_block_cnt=None), ArgumentError, "full_block_cnt and full_block_idx"),
         (some_lists(cu_total_m_blocks=ONE), ArgumentError, "cu_total_m_blocks: expected None"),
         (some_lists(mask_block_cnt=ONE), ArgumentError, "mask_block_cnt: expected 3 dim"),
+        (some_lists(mask_block_idx=ONE.view(())), ArgumentError, "mask_block_idx: expected 4 dim"),
+        (some_lists(mask_block_idx=None), ArgumentTypeError, "mask_block_idx: expected a tensor"),
         (some_lists(mask_block_cnt=ONE.expand(1, 4, 1)), ArgumentError, "heads 1, got shape"),
         (some_lists(mask_block_cnt=ONE.expand(1, 1, 0)), ArgumentError, "max_seqlen_q=3, got 0"),
         (some_lists(mask_block_idx=ONE.expand(1, 1, 1, 1).long()), ArgumentError, "dtype int32"),

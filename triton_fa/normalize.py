@@ -273,11 +273,14 @@ def _check_blocks(tensors: Tensors, options: Options, batch: int, max_seqlen_q: 
             f"{max_seqlen_q}, got {counts.shape[2]}"
         )
     for field in ("mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx"):
-        if (value := getattr(blocks, field)) is None:
+        value, shape = getattr(blocks, field), tuple(counts.shape)
+        if value is None and field.startswith("full"):
             continue
         tensor = require_tensor(f"{name}.{field}", value)
-        entries = (max(1, *tensor.shape[-1:]),) if field.endswith("idx") else ()
-        require_index(f"{name}.{field}", tensor, (*counts.shape, *entries), tensors.q.device)
+        if field.endswith("idx"):
+            require_rank(f"{name}.{field}", tensor, 4, "(batch, heads, query blocks, entries)")
+            shape = (*shape, max(1, tensor.shape[3]))
+        require_index(f"{name}.{field}", tensor, shape, tensors.q.device)
         if not tensor.is_contiguous():
             raise LayoutError(f"{name}.{field}: expected contiguous, got {tensor.stride()}")
 
