@@ -14,9 +14,15 @@ EDGES = (*(step / 8 for step in range(25)), float("inf"))  # of a histogram's bi
 Row = dict[str, Any]
 
 
+def _sizes(values: Iterable[float]) -> Any:
+    """The values, a NaN as infinity: it is the largest error of all, and does not hide the rest."""
+    found = np.asarray(list(values), dtype=float)
+    return np.where(np.isnan(found), np.inf, found)
+
+
 def of(values: Iterable[float]) -> Row:
     """Count and quantiles; each quantile is one of the values, the first that enough are below."""
-    known = np.asarray(list(values))
+    known = _sizes(values)
     quantiles = np.quantile(known, list(QUANTILES.values()), method="inverted_cdf")
     return {"count": len(known), **dict(zip(QUANTILES, quantiles.tolist(), strict=True))}
 
@@ -64,7 +70,7 @@ def distributions(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 
 def histogram(values: Iterable[float]) -> list[int]:
     """How many values each bin of `EDGES` has; the last one has no end."""
-    return np.histogram(list(values), bins=EDGES)[0].tolist()
+    return np.histogram(_sizes(values), bins=EDGES)[0].tolist()
 
 
 def beside(pairs: list[tuple[float, float]]) -> Row:

@@ -240,6 +240,13 @@ def test_quantiles_are_values_that_occurred() -> None:
     assert set(distributions.of([0.25]).values()) == {1, 0.25}
 
 
+def test_a_nan_is_the_largest_error_and_hides_no_other() -> None:
+    values = [*range(1, 100), math.nan]
+    spread = distributions.of(values)
+    assert (spread["median"], spread["p99"], spread["max"]) == (50, 99, math.inf)
+    assert sum(distributions.histogram(values)) == spread["count"]
+
+
 def test_a_histogram_has_every_value() -> None:
     bins = distributions.histogram([0.0, 0.12, 0.125, 2.99, 3.0, 70.0, math.inf])
     assert len(bins) == len(distributions.EDGES) - 1
