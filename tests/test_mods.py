@@ -78,7 +78,8 @@ def document_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
 def tree_mask(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
     """Draft tokens see all of the cache and their ancestors: aux[0] is (drafts, drafts) of 0, 1."""
     draft = kv_idx - (seqlen_k - seqlen_q)
-    cell = q_idx * seqlen_q + tl.minimum(tl.maximum(draft, 0), seqlen_q - 1)
+    row = tl.minimum(q_idx, seqlen_q - 1)  # a tile has rows behind the last query
+    cell = row * seqlen_q + tl.minimum(tl.maximum(draft, 0), seqlen_q - 1)
     return (draft < 0) | (tl.load(aux[0] + cell) != 0)
 
 

@@ -196,7 +196,8 @@ def flash_attn_with_kvcache(
         out: Buffer of the result's shape and dtype to write to.
         only_qv: Scores are qv·v alone; q and k may be None, and are not read.
         mask_mod: A `@triton.jit` function f(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux),
-            true where a query sees a key. Not with causal, window_size or attention_chunk.
+            true where a query sees a key; see docs/numerics.md. Not with causal, window_size or
+            attention_chunk.
         block_sparse_tensors: A `BlockSparseTensors`, or FlashAttention-4's: which blocks mask_mod
             hides or shows whole, so that kernels for long prompts skip them. It must say the same
             as mask_mod, which decides alone where the lists are of no use.
@@ -386,7 +387,8 @@ def flash_attn_varlen_func(
         scheduler_metadata: What `get_scheduler_metadata` returned for these lengths and this ver.
         only_qv: Scores are qv·v alone; q and k may be None, and are not read.
         mask_mod: A `@triton.jit` function f(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux),
-            true where a query sees a key. Not with causal, window_size or attention_chunk.
+            true where a query sees a key; see docs/numerics.md. Not with causal, window_size or
+            attention_chunk.
         block_sparse_tensors: A `BlockSparseTensors`, or FlashAttention-4's: which blocks mask_mod
             hides or shows whole, so that kernels for long prompts skip them. It must say the same
             as mask_mod, which decides alone where the lists are of no use.
