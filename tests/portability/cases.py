@@ -124,9 +124,11 @@ def append(
     return call
 
 
-def merge_splits(dim: int = 128, splits: int = 4, **options: Any) -> Callable[[], object]:
+def merge_splits(
+    dim: int = 128, splits: int = 4, tokens: int = 2, **options: Any
+) -> Callable[[], object]:
     """Partial results that the caller made."""
-    shape = (splits, 1, 2, HEADS_KV)
+    shape = (splits, 1, tokens, HEADS_KV)
     return lambda: triton_fa.flash_attn_combine(
         torch.zeros(*shape, dim), torch.zeros(shape), **options
     )
@@ -297,6 +299,7 @@ FEATURES |= {
         LONG, mask_mod=causal_mask, block_sparse_tensors=key_blocks(LONG), causal=False
     ),
     "merge-splits-256": merge_splits(dim=256, splits=128),
+    "merge-splits-many-rows": merge_splits(tokens=8192),
     "merge-splits-to-float16": merge_splits(out_dtype=F16),
     "merge-pair-256-float32": merge_pair(dim=256, dtype=F32),
 }
