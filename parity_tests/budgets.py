@@ -38,11 +38,11 @@ LUCKY_ROWS = 16
 # exp2: below 2**-20 relative to the weights. It is part of the mean, and of the maximum over few
 # rows: over many of them the baseline has rounded badly somewhere too.
 FLOAT32_EXP2 = 2.0**-20
-# float32 with qv only: a score is a sum of n = 576 products or so, each addition of which rounds the
-# sum so far by 2**-24 / 3**0.5 (rms) of itself. For products of size 1 and random sign that is
-# 2**-24 * n / 6**0.5 in the sum, times the scale in the exponent; the largest over some thousands of
-# scores is four times as much, relative to the weights. One thread adds all n in a GPU's float32
-# product; PyTorch's adds them in pieces and errs less. Products in TF32 err a hundred times more.
+# float32 with qv only: a score is a sum of n = 576 products or so, and each addition rounds the sum
+# so far by 2**-24 / 3**0.5 (rms) of itself. For products of size 1 and random sign that makes
+# 2**-24 * n / 6**0.5 in the sum, times the scale in the exponent; the largest over some thousands
+# of scores is four times as much, relative to the weights. One thread adds all n in a GPU's
+# float32 product; PyTorch's adds them in pieces and errs less. TF32 errs a hundred times more.
 FLOAT32_LONG_SUM = 4 * 2.0**-24 / 6**0.5
 # A rotation is computed in float32: two products and their sum, each rounded by 2**-24 of itself.
 # With M the largest of the rotated dims, none of the three is above 1.5 * M: below 2**-21 * M

@@ -201,6 +201,39 @@ DIFFERENCES = (
         kind=INCOMPARABLE,
     ),
     Difference(
+        id="fa3-window-and-chunk",
+        reason="with a left window shorter than the attention chunk, rows see the keys of the"
+        " chunk before that the window reaches",
+        where="sglang-kernel 0.4.2 on an H200: wrong at windows 1 to 3 of chunk 7, 16 of 64",
+        applies=lambda case, ver: ver == FA3 and 0 <= case.window[0] < case.attention_chunk - 1,
+        case=Case(causal=True, window=(1, 0), attention_chunk=7, seqlens_q=(2,), seqlens_k=(36,)),
+        kind=INCOMPARABLE,
+    ),
+    Difference(
+        id="fa3-rotates-head-dim-80-wrongly",
+        reason="all 80 dims of a key turned by halves: its last ones are wrong in the cache",
+        where="sglang-kernel 0.4.2 on an H200: right at rotary_dim 16 to 64, and interleaved",
+        applies=lambda case, ver: (
+            ver == FA3
+            and case.rotary_dim == case.head_dim
+            and case.head_dim % 32 == 16
+            and not case.rotary_interleaved
+        ),
+        case=Case(
+            **named.BATCHED,
+            head_dim=80,
+            head_dim_v=80,
+            causal=True,
+            append="batched",
+            rotary_dim=80,
+            rotary_interleaved=False,
+            seqlens_q=(1,),
+            seqlens_k=(127,),
+            seqlens_new=(1,),
+        ),
+        kind=INCOMPARABLE,
+    ),
+    Difference(
         id="fa3-left-padding-beyond-the-keys",
         reason="padding that is longer than cache_seqlens makes a negative length of it",
         where="hopper/seqlen.h: seqlen_k_og",
@@ -230,6 +263,22 @@ DIFFERENCES = (
         ),
         case=Case(head_dim=160, head_dim_v=160),
         kind=CRASH,
+    ),
+    Difference(
+        id="fa4-gathers-144-keys",
+        reason="tiles of 144 keys, gathered from pages of another size, give wrong numbers",
+        where="FA4 4.0.0b36 on an H200: head_dim 80 and 96, pages of 16, 64, 128 and 256",
+        applies=lambda case, ver: (
+            ver == FA4
+            and case.kv_layout == "paged"
+            and case.page_size != 144
+            and 64 < case.head_dim <= 96
+            and not case.causal
+            and unbounded(case.window)
+            and _on_hopper()
+        ),
+        case=Case(head_dim=80, head_dim_v=80),
+        kind=INCOMPARABLE,
     ),
     Difference(
         id="fa4-values-wider-than-keys",

@@ -76,7 +76,7 @@ def test_prefill_order_is_longest_first() -> None:
         [100, 90, 37, 300, 280], cu_seqlens_q=prefix, max_seqlen_q=280, num_heads_k=8
     )
     _, _, order, rows = _segments(metadata)
-    tiles = [-(-n // BLOCK_M) if n > 64 else 0 for n in queries]
+    tiles = [-(-n // BLOCK_M) if n > 16 else 0 for n in queries]
     assert order[:2] == [4, 1]
     expected, total = [], 0
     for seq in order[:5]:

@@ -199,8 +199,14 @@ def _paging_reasons(spec: AttnSpec, major: int) -> list[str]:
         return [f"page_table on compute capability {major}.x"]
     if major == 9 and spec.page_size != _sm90_tile_keys(spec):
         # Pages of another size than the tile are gathered, by a copy that knows no rest. With
-        # wide heads it has left memory: 4.0.0b36 at head_dim 160.
+        # wide heads it has left memory: 4.0.0b36 at head_dim 160. Of tiles of 144 keys it makes
+        # wrong numbers.
         reasons = []
+        if _sm90_tile_keys(spec) == 144:
+            reasons.append(
+                f"page_size={spec.page_size} with head_dim={spec.head_dim}, neither causal nor "
+                "windowed: expected page_size=144, on compute capability 9.x"
+            )
         if 128 < spec.head_dim < 256:
             reasons.append(
                 f"page_size={spec.page_size} with head_dim={spec.head_dim}: expected head_dim "

@@ -34,6 +34,16 @@ def log_sums(ptr, offsets, mask):
     return tl.where(lse == -NEG_INF, NEG_INF, lse)
 
 
+@triton.jit
+def log_weights(old, lse):
+    """(new maximum, what to raise 2 to the difference from) of sums whose maximum was `old`.
+
+    The second is 0 while all are empty, which would otherwise compute -inf - (-inf).
+    """
+    top = tl.maximum(old, lse)
+    return top, tl.where(top == NEG_INF, 0.0, top)
+
+
 @triton.jit(do_not_specialize=ROWS)
 def merge_splits_kernel(
     out_ptr,
@@ -63,52 +73,83 @@ def merge_splits_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Program (i, j) merges rows [i BLOCK_R, …) of (batch, token, head), dims [j BLOCK_D, …)."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Program (i, j) merges rows [i BLOCK_R, …) of (batch, token, head), dims [j BLOCK_D, …).
+
+    One row takes BLOCK_P splits at once, several rows take one after the other.
+    """
+    if BLOCK_R == 1:
+        row = tl.program_id(0).to(tl.int64)
+    else:
+        row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     real = row < num_rows
     head = row % heads
     token = row // heads % seqlen
     batch = row // heads // seqlen
     lse_row = batch * lse_part_stride_b + token * lse_part_stride_t + head * lse_part_stride_h
-    nth = tl.arange(0, BLOCK_S).to(tl.int64)
-    every = log_sums(
-        lse_part_ptr,
-        nth[:, None] * lse_part_stride_s + lse_row[None, :],
-        (nth < splits)[:, None] & real[None, :],
-    )
-    top = tl.max(every, 0)
-    # An all-empty row would otherwise compute -inf - (-inf).
-    base = tl.where(top == NEG_INF, 0.0, top)
-    total = tl.sum(tl.exp2(every - base[None, :]), 0)
-    scale = tl.where(total > 0, 1.0 / total, 0.0)
-
-    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     part_row = batch * part_stride_b + token * part_stride_t + head * part_stride_h
-    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (dims < DIM)[None, :]
     wide = (dims.to(tl.int64) * part_stride_d)[None, :]
-    for start in tl.range(0, splits, BLOCK_P):
-        # Written out, so that the loads of several splits are under way together.
-        for here in tl.static_range(BLOCK_P):
-            split = start + tl.full([BLOCK_R], here, tl.int64)
-            some = log_sums(
-                lse_part_ptr, split * lse_part_stride_s + lse_row, real & (split < splits)
-            )
+    # Loads of the partial results wait for nothing: what an empty one holds is dropped after.
+    if BLOCK_R == 1:
+        top = NEG_INF + 0.0 * splits
+        total = 0.0 * splits
+        acc = tl.zeros([BLOCK_D], tl.float32)
+        for start in tl.range(0, splits, BLOCK_P):
+            split = start + tl.arange(0, BLOCK_P).to(tl.int64)
+            there = split < splits
+            lse = log_sums(lse_part_ptr, split * lse_part_stride_s + lse_row, there)
             part = tl.load(
                 part_ptr + (split * part_stride_s + part_row)[:, None] + wide,
-                mask=(some > NEG_INF)[:, None] & (dims < DIM)[None, :],
+                mask=there[:, None] & inside,
                 other=0.0,
             )
-            acc += part * tl.exp2(some - base)[:, None]
-    out_row = batch * out_stride_b + token * out_stride_t + head * out_stride_h
-    tl.store(
-        out_ptr + out_row[:, None] + (dims.to(tl.int64) * out_stride_d)[None, :],
-        (acc * scale[:, None]).to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & (dims < DIM)[None, :],
-    )
+            part = tl.where((lse > NEG_INF)[:, None], part, 0.0)
+            before = top
+            top, base = log_weights(before, tl.max(lse, 0))
+            weights = tl.exp2(lse - base)
+            again = tl.exp2(before - base)
+            total = total * again + tl.sum(weights, 0)
+            acc = acc * again + tl.sum(part * weights[:, None], 0)
+        result = acc * tl.where(total > 0, 1.0 / total, 0.0)
+        out_row = batch * out_stride_b + token * out_stride_t + head * out_stride_h
+        tl.store(
+            out_ptr + out_row + dims.to(tl.int64) * out_stride_d,
+            result.to(out_ptr.dtype.element_ty),
+            mask=dims < DIM,
+        )
+    else:
+        top = tl.full([BLOCK_R], NEG_INF, tl.float32)
+        total = tl.zeros([BLOCK_R], tl.float32)
+        acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+        for start in tl.range(0, splits, BLOCK_P):
+            for here in tl.static_range(BLOCK_P):
+                split = start + tl.full([BLOCK_R], here, tl.int64)
+                there = real & (split < splits)
+                lse = log_sums(lse_part_ptr, split * lse_part_stride_s + lse_row, there)
+                part = tl.load(
+                    part_ptr + (split * part_stride_s + part_row)[:, None] + wide,
+                    mask=there[:, None] & inside,
+                    other=0.0,
+                )
+                part = tl.where((lse > NEG_INF)[:, None], part, 0.0)
+                before = top
+                top, base = log_weights(before, lse)
+                weights = tl.exp2(lse - base)
+                again = tl.exp2(before - base)
+                total = total * again + weights
+                acc = acc * again[:, None] + part * weights[:, None]
+        result = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
+        out_row = batch * out_stride_b + token * out_stride_t + head * out_stride_h
+        tl.store(
+            out_ptr + out_row[:, None] + (dims.to(tl.int64) * out_stride_d)[None, :],
+            result.to(out_ptr.dtype.element_ty),
+            mask=real[:, None] & inside,
+        )
     if tl.program_id(1) == 0:
+        base = tl.where(top == NEG_INF, 0.0, top)
         lse = tl.where(total > 0, (base + tl.log2(total)) / LOG2E, NEG_INF)
         target = batch * lse_stride_b + token * lse_stride_t + head * lse_stride_h
         tl.store(lse_ptr + target, lse, mask=real)
@@ -123,9 +164,10 @@ def merge_splits(
     if num_rows == 0:
         return
     block_d = min(256, next_power_of_2(dim))
-    # Few rows: 16 bytes a thread and split, so that there are programs enough.
-    held = 512 if num_rows * block_d <= MANY else 2048
-    block_r = max(1, held // block_d)
+    # One row a program, unless there are rows enough for a chip and few splits of each.
+    one_row = splits > 8 or num_rows * block_d <= MANY
+    block_r = 1 if one_row else max(2, 2048 // block_d)
+    block_p = min(32 if one_row else 8, next_power_of_2(splits))
     grid = (-(-num_rows // block_r), max(1, -(-dim // block_d)))
     with _on(out.device):
         merge_splits_kernel[grid](
@@ -144,8 +186,7 @@ def merge_splits(
             DIM=dim,
             BLOCK_D=block_d,
             BLOCK_R=block_r,
-            BLOCK_S=next_power_of_2(splits),
-            BLOCK_P=min(8, next_power_of_2(splits)),
+            BLOCK_P=block_p,
             num_warps=4,
         )
 

@@ -723,7 +723,8 @@ def prefill_kernel(
         paging = (page_table_ptr, row.to(tl.int64) * table_stride, num_pages)
         if SPARSE_M > 0:
             list_place = seq_idx * sparse_stride_b + head * sparse_stride_h
-            list_place += first_token // SPARSE_M
+            # Sequences may be longer than the lists' bound, which is max_seqlen_q.
+            list_place += tl.minimum(first_token, fixed_seqlen_q - 1) // SPARSE_M
             masked_entries, masked_count = key_block_list(
                 mask_block_cnt_ptr, mask_block_idx_ptr, list_place, masked_width
             )
@@ -733,6 +734,9 @@ def prefill_kernel(
                 full_entries, full_count = key_block_list(
                     full_block_cnt_ptr, full_block_idx_ptr, list_place, full_width
                 )
+            blocks = (seqlen_k + SPARSE_N - 1) // SPARSE_N
+            masked_count = entries_inside(masked_entries, masked_count, blocks)
+            full_count = entries_inside(full_entries, full_count, blocks)
             inside = entries_inside(full_entries, full_count, seqlen_k // SPARSE_N)
         # The keys before those that every row sees, those, and what is behind them. With lists:
         # full blocks inside the sequence, full blocks on its end, masked blocks.

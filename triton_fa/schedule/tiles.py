@@ -186,9 +186,13 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
     "cpu": ((128, 256, DecodeTile(32, 4, 1, 2)),),
     # Measured (docs/log.md).
     "hopper": (
-        (16, 64, DecodeTile(128, 4, 3, 2)),
+        (32, 64, DecodeTile(128, 4, 3, 2)),
         (64, 128, DecodeTile(64, 4, 3, 2)),
+        (64, 128, DecodeTile(128, 8, 2, 1)),
         (64, 128, DecodeTile(64, 4, 2, 1)),
+        (32, 160, DecodeTile(64, 4, 3, 2)),
+        (32, 192, DecodeTile(32, 4, 3, 3)),
+        (32, 256, DecodeTile(32, 4, 3, 2)),
         (32, 256, DecodeTile(64, 4, 3, 1)),
         (32, 256, DecodeTile(64, 4, 2, 1)),
         (128, 192, DecodeTile(64, 8, 2, 1)),
