@@ -80,7 +80,6 @@ class Limits:
     mean_mult: float = MEAN_MULT
     lse_atol: float = LSE_ATOL
     empty_lse: tuple[float, ...] = ()  # values accepted for rows without keys, beside the right one
-    padding_may_be_written: bool = False
     hidden_keys_may_be_missing: bool = False  # a new key that no query sees need not be stored
     relative: float = 0.0  # added to both rules, as a part of the exact values' size
 
@@ -211,7 +210,7 @@ def _judge_out(
     problems = []
     real = ~truth.out[..., 0].isnan()  # (token, head) rows that belong to a query
     padding = out[~real]
-    if case.out and not limits.padding_may_be_written and not padding.isnan().all():
+    if case.out and not padding.isnan().all():
         problems.append("rows beyond the query lengths were written")
     if not real.any():
         return Measures(), tuple(problems)

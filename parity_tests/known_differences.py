@@ -290,14 +290,6 @@ DIFFERENCES = (
         case=Case(head_dim=96, head_dim_v=192),
         kind=CRASH,
     ),
-    Difference(
-        id="fa4-padding-rows",
-        reason="rows beyond seqused_q may be written as zeros",
-        where="flash_attn/cute/interface.py 4.0.0b36",
-        applies=lambda case, ver: ver == FA4 and case.out and case.pad_q + case.tail_q > 0,
-        case=_named("llama3-8b prefill fp16, seqused"),
-        widen=lambda limits, _case: dataclasses.replace(limits, padding_may_be_written=True),
-    ),
 )
 
 

@@ -141,7 +141,7 @@ PACKED = Case(
     seqlens_k=(200, 5, 40, 300),
     num_splits=1,
 )
-DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), DIMS)

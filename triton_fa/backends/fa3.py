@@ -360,7 +360,9 @@ def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensor
     fixed: dict[str, Any] = {}
     if spec.query_layout == "packed":
         fixed["max_seqlen_q"] = problem.bounds.max_seqlen_q
-        if spec.rotary_moving:  # by the bound as it was stated, which q need not fill
+        if (
+            spec.rotary_dim and spec.rotary_moving
+        ):  # by the bound as it was stated, which q need not fill
             fixed["max_seqlen_q"] = max(problem.bounds.max_seqlen_q, spec.window_right + 2)
     lengths = _same_lengths(problem)
     leftpad = function.spelled("cache_leftpad")

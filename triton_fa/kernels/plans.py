@@ -654,7 +654,7 @@ def schedule(
         # Of calls without a prefill path nobody reads the order.
         "ORDERED": bounds.batch <= block_b and most_rows > rows,
     }
-    warps = 16 if values["ORDERED"] and block_b > 256 else 4  # sorting
+    warps = 4 if block_b <= 256 else 16 if values["ORDERED"] else 8
     return PlannedLaunch(schedule_kernel, (1, 1, 1), values, {"num_warps": warps})
 
 
