@@ -221,7 +221,9 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
         rows = latent_rows(spec, most_rows)
         latent, floats = _decode(problem, device, rows, common, -(-most_rows // rows))
         return Plan(latent, floats, 0)
-    rows = decode_rows(spec, device, most_rows, varlen_q=problem.tensors.seqused_q is not None)
+    varlen_q = problem.tensors.seqused_q is not None
+    mean_rows = -(-bounds.total_q // max(1, bounds.batch)) * spec.q_heads_per_kv
+    rows = decode_rows(spec, device, most_rows, varlen_q=varlen_q, mean_rows=mean_rows)
     prefill: tuple[PlannedLaunch, ...] = ()
     decode: tuple[PlannedLaunch, ...] = ()
     partial_floats = plan_entries = 0
@@ -235,12 +237,23 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     return Plan(prefill + decode, partial_floats, plan_entries)
 
 
-def decode_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, *, varlen_q: bool) -> int:
+def decode_rows(
+    spec: AttnSpec,
+    device: DeviceFacts,
+    most_rows: int,
+    *,
+    varlen_q: bool,
+    mean_rows: int | None = None,
+) -> int:
     """Rows of the decode kernel, a power of two; 0 where no sequence can be on its path.
 
     `most_rows` bounds the rows of one sequence per kv head; with `varlen_q`, or packed queries,
-    sequences may have fewer.
+    sequences may have fewer. Where their mean is far below, the bound overstates them.
     """
+    if mean_rows is not None and not spec.batch_invariant and spec.num_splits != 1:
+        most = max(16, 2 * next_power_of_2(mean_rows))
+        if most < most_rows <= MAX_DECODE_ROWS:
+            return decode_rows(spec, device, most, varlen_q=varlen_q)
     rows = _wanted_rows(spec, device, most_rows, varlen_q)
     return rows if rows and decode_fits(spec, device, rows) else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -199,6 +200,16 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (128, 192, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 4, 2, 1)),
     ),
+    "hopper float8": (
+        (32, 128, DecodeTile(128, 4, 3, 2)),
+        (64, 128, DecodeTile(64, 4, 3, 2)),
+        (64, 128, DecodeTile(64, 4, 2, 1)),
+        (32, 256, DecodeTile(64, 4, 3, 1)),
+        (32, 256, DecodeTile(64, 4, 2, 1)),
+        (128, 192, DecodeTile(64, 8, 2, 1)),
+        (128, 192, DecodeTile(32, 8, 2, 1)),
+        (64, 256, DecodeTile(32, 4, 2, 1)),
+    ),
     "blackwell": (
         (16, 64, DecodeTile(128, 4, 3, 2)),
         (32, 128, DecodeTile(64, 4, 3, 2)),
@@ -272,7 +283,10 @@ def decode_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     """The decode tile for `spec`; `rows`, one sequence's per kv head, are such as `decode_fits`."""
     choices = _decode_choices(spec, device, rows)
     dim, size = _decode_dim(spec, rows), spec.dtype.itemsize
-    fitting = (c for c in choices if _decode_bytes(c, rows, dim, size) <= _shared_budget(device))
+    bytes_of = functools.partial(
+        _decode_bytes, rows=rows, dim=dim, size=size, key_size=spec.kv_dtype.itemsize
+    )
+    fitting = (c for c in choices if bytes_of(c) <= _shared_budget(device))
     # The estimate is an upper bound: where nothing seems to fit, the smallest tile still may.
     return next(fitting, choices[-1])
 
@@ -295,7 +309,9 @@ def _decode_grid(spec: AttnSpec, device: DeviceFacts, rows: int) -> Iterator[Dec
             yield tile
 
 
-def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
+def _decode_bytes(
+    tile: DecodeTile, rows: int, dim: int, size: int, key_size: int | None = None
+) -> int:
     """Shared memory of all resident programs of a decode tile.
 
     Keys and values are loaded a stage less ahead, q is there once a stage and once more; an upper
@@ -303,11 +319,11 @@ def _decode_bytes(tile: DecodeTile, rows: int, dim: int, size: int) -> int:
     """
     stages, rows = max(1, tile.num_stages), max(16, rows)
     if rows < 64:
-        kept = 2 * tile.block_n * max(1, stages - 1) + rows * (stages + 1)
-    else:
-        kept = (2 * tile.block_n + rows) * stages
-        kept += 2 * tile.block_n if size == 2 else 0
-        kept += rows if rows > 64 and size == 2 else 0
+        keys = 2 * tile.block_n * max(1, stages - 1) * (key_size or size)
+        return (keys + rows * (stages + 1) * size) * dim * tile.programs_per_sm
+    kept = (2 * tile.block_n + rows) * stages
+    kept += 2 * tile.block_n if size == 2 else 0
+    kept += rows if rows > 64 and size == 2 else 0
     return kept * dim * size * tile.programs_per_sm
 
 
@@ -318,6 +334,10 @@ def latent_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     size = spec.dtype.itemsize
     scored = 0 if "only_qv" in spec.features else sum(decode_panels(spec.head_dim, rows))
     dim = scored + sum(decode_panels(spec.head_dim_v, rows))
+    if device.arch[0] == 9 and rows <= 16:  # measured (docs/log.md)
+        tile = DecodeTile(64, 8, 3, 1)
+        if (64 * 2 + 16 * 4) * dim * size <= _shared_budget(device):
+            return tile
     warps = 8 if rows > 16 else 4
     for keys, stages in ((64, 2), (32, 2), (32, 1), (16, 1)):
         tile = DecodeTile(keys, warps, stages, 1)
