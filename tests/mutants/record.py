@@ -1,0 +1,24 @@
+"""What a mutant is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A bug put into one file of `triton_fa/kernels` by hand."""
+
+    name: str
+    file: str
+    text: str
+    """What is replaced: occurs exactly once in the file."""
+    replacement: str
+    breaks: str
+    """What goes wrong, in a few words."""
+    tests: str = ""
+    """Arguments of pytest: the tests expected to fail."""
+    blind: bool = False
+    """Written before its author had read a test."""
+    gpu: bool = False
+    """Only a run on a GPU can fail: not run here, and not counted as killed."""
