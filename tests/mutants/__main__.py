@@ -6,14 +6,13 @@ import argparse
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,14 +70,14 @@ def copy(into: Path) -> None:
             shutil.copy(ROOT / name, into / name)
 
 
-def pytest_in(root: Path, tests: str, timeout: float = TIMEOUT) -> Run:
+def pytest_in(root: Path, tests: Iterable[str], timeout: float | None = TIMEOUT) -> Run:
     """Run the tests of a copy until one fails. A skipped test is not one that passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     try:
         done = subprocess.run(
-            [*command, *shlex.split(tests)],
+            [*command, *tests],
             cwd=root,
             env=environment,
             timeout=timeout,
@@ -94,22 +93,27 @@ def pytest_in(root: Path, tests: str, timeout: float = TIMEOUT) -> Run:
         return Run(True, "", seconds)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
     if done.returncode not in (1, 2) or not failed:
-        raise RuntimeError(f"{tests}: pytest ran no test, or skipped some\n{done.stdout[-2000:]}")
+        raise RuntimeError(f"pytest ran no test, or skipped some:\n{done.stdout[-2000:]}")
     return Run(False, failed[1], seconds)
 
 
-def try_tests(tests: str) -> None:
-    """Raise unless the package as it is passes."""
+def check_unmutated(mutants: Iterable[Mutant]) -> Run:
+    """Raise unless the package as it is passes all of their tests."""
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
-        run = pytest_in(Path(folder), tests)
+        run = pytest_in(Path(folder), dict.fromkeys(t for m in mutants for t in m.tests), None)
     if not run.passed:
         raise RuntimeError(f"without any mutant: {run.detail}")
+    return run
+
+
+def is_run(mutant: Mutant) -> bool:
+    return torch.cuda.is_available() or not mutant.gpu
 
 
 def judge(mutant: Mutant) -> Outcome:
     """Put the mutant into a copy of its own, and run its tests there."""
-    if mutant.gpu and not torch.cuda.is_available():
+    if not is_run(mutant):
         return Outcome(mutant, NEEDS_GPU)
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
@@ -163,11 +167,10 @@ def main(arguments: Sequence[str]) -> int:
     if not chosen:
         parser.error(f"--only: no mutant matches {options.only!r}")
     console = Console()
+    unmutated = check_unmutated(filter(is_run, chosen))
+    console.print(f"the tests pass without any mutant ({unmutated.seconds:.0f} s)")
+    outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        tests = dict.fromkeys(m.tests for m in chosen if torch.cuda.is_available() or not m.gpu)
-        list(pool.map(try_tests, tests))
-        console.print(f"{len(tests)} selections of tests pass without any mutant")
-        outcomes = []
         for outcome in pool.map(judge, chosen):
             outcomes.append(outcome)
             console.print(f"{outcome.mutant.name}: {outcome.verdict} ({outcome.seconds:.0f} s)")

@@ -11,7 +11,17 @@ PRIMITIVES = (
         "first = tl.maximum(first, position - window_left)",
         "first = tl.maximum(first, position - window_left + 1)",
         "the oldest key of a window is masked",
-        "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded -k triton",
+        (
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window0-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window1-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window2-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window3-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window4-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window5-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window6-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window7-triton]",
+            "tests/test_traps.py::test_a_negative_side_of_a_window_is_unbounded[window8-triton]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -20,7 +30,7 @@ PRIMITIVES = (
         "end = tl.minimum(position + window_right + 1, end)",
         "end = tl.minimum(position + window_right, end)",
         "the diagonal is masked",
-        "tests/test_traps.py::test_causal_overrides_the_right_side_of_a_window[triton]",
+        ("tests/test_traps.py::test_causal_overrides_the_right_side_of_a_window[triton]",),
         blind=True,
     ),
     Mutant(
@@ -29,7 +39,7 @@ PRIMITIVES = (
         "(row_max + tl.log2(row_sum)) * LN2",
         "(row_max + tl.log2(row_sum))",
         "the log-sum-exp stays in base 2",
-        "tests/test_traps.py::test_causal_overrides_the_right_side_of_a_window[triton]",
+        ("tests/test_traps.py::test_causal_overrides_the_right_side_of_a_window[triton]",),
         blind=True,
     ),
     Mutant(
@@ -38,7 +48,7 @@ PRIMITIVES = (
         "+ tl.exp2(sink_log2 - top)\n",
         "+ 2.0 * tl.exp2(sink_log2 - top)\n",
         "sinks are counted twice",
-        "tests/test_traps.py::test_a_sink_counts_once[mixed-triton]",
+        ("tests/test_traps.py::test_a_sink_counts_once[mixed-triton]",),
         blind=True,
     ),
     Mutant(
@@ -47,7 +57,7 @@ PRIMITIVES = (
         "tl.exp2(row_max - top) / total",
         "1.0 / total",
         "results with a larger sink are not rescaled to it",
-        "tests/test_traps.py::test_a_sink_counts_once[mixed-triton]",
+        ("tests/test_traps.py::test_a_sink_counts_once[mixed-triton]",),
         blind=True,
     ),
     Mutant(
@@ -56,7 +66,7 @@ PRIMITIVES = (
         "first = padding + 0 * position",
         "first = 0 * position",
         "left padding is attended to",
-        "tests/test_cache_features.py::test_keys_before_the_padding_are_never_read[-1-q_lens0]",
+        ("tests/test_cache_features.py::test_keys_before_the_padding_are_never_read[-1-q_lens0]",),
         blind=True,
     ),
     Mutant(
@@ -65,7 +75,7 @@ PRIMITIVES = (
         "return tl.minimum(tl.maximum(page, 0), num_pages - 1)",
         "return tl.maximum(page, 0)",
         "page ids behind the cache are read",
-        "tests/test_kernels.py::test_wrong_page_ids_stay_inside_the_cache",
+        ("tests/test_kernels.py::test_wrong_page_ids_stay_inside_the_cache[1]",),
         blind=True,
     ),
     Mutant(
@@ -74,7 +84,7 @@ PRIMITIVES = (
         "chunk = tl.where(inside < 0, -below, inside // attention_chunk)",
         "chunk = inside // attention_chunk",
         "queries before the first key see the first attention chunk",
-        "tests/test_cache_features.py::test_rows_see_their_own_chunk[False-q_lens2]",
+        ("tests/test_cache_features.py::test_rows_see_their_own_chunk[False-q_lens2]",),
         blind=True,
     ),
     Mutant(
@@ -83,7 +93,7 @@ PRIMITIVES = (
         "seqlen = tl.minimum(tl.maximum(used, 0), max_seqlen_k)",
         "seqlen = tl.maximum(used, 0)",
         "a length beyond the cache is believed",
-        "tests/test_traps.py::test_lengths_out_of_range_are_clamped_to_the_table[decode-triton]",
+        ("tests/test_traps.py::test_lengths_out_of_range_are_clamped_to_the_table[decode-triton]",),
         blind=True,
     ),
     Mutant(
@@ -94,7 +104,7 @@ PRIMITIVES = (
         "used = tl.load(seqused_q_ptr + seq_idx, mask=mask, other=0)\n"
         "        seqlen = tl.maximum(used, 0)",
         "a seqused_q beyond the sequence is believed",
-        "tests/test_line.py::test_garbage_lengths_stay_inside_the_tensors",
+        ("tests/test_line.py::test_garbage_lengths_stay_inside_the_tensors",),
         blind=True,
     ),
     Mutant(
@@ -103,7 +113,7 @@ PRIMITIVES = (
         "seqlen += tl.minimum(new, max_seqlen_k - seqlen)",
         "seqlen += new",
         "tokens that found no place in the cache are attended to",
-        "tests/test_cache_features.py::test_a_target_that_does_not_exist_is_dropped",
+        ("tests/test_cache_features.py::test_a_target_that_does_not_exist_is_dropped",),
         blind=True,
     ),
     Mutant(
@@ -112,7 +122,7 @@ PRIMITIVES = (
         "return tl.minimum(tl.maximum(row, 0), num_rows - 1)",
         "return row",
         "a cache_batch_idx outside the cache is believed",
-        "tests/test_cache_features.py::test_garbage_writes_nowhere_else[cache_batch_idx]",
+        ("tests/test_cache_features.py::test_garbage_writes_nowhere_else[cache_batch_idx]",),
         blind=True,
     ),
     Mutant(
@@ -121,7 +131,7 @@ PRIMITIVES = (
         '(256.0 if FORMAT == "e4m3" else 128.0)',
         "256.0",
         "e4m3fnuz has e4m3's exponent bias",
-        "tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype2-q_lens2-triton]",
+        ("tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype2-q_lens2-triton]",),
         blind=True,
     ),
     Mutant(
@@ -130,7 +140,10 @@ PRIMITIVES = (
         "(wide & 0x7F) == 0x7F, float",
         "(wide & 0x7F) == 0xFF, float",
         "NaN in an e4m3 cache becomes 480",
-        "tests/test_latent_and_fp8.py -k 'float8 and triton'",
+        (
+            "tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype0-q_lens0-triton]",
+            "tests/test_latent_and_fp8.py::test_float8_queries_give_bfloat16[dtype0-q_lens0-triton]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -139,7 +152,7 @@ PRIMITIVES = (
         "x2 * (-0.3333333333333333 + ",
         "x2 * (0.3333333333333333 + ",
         "the series of tanh near 0 is wrong, for float32",
-        "tests/test_kernels.py::test_any_finite_scale[1-5.0--0.5]",
+        ("tests/test_kernels.py::test_any_finite_scale[1-5.0--0.5]",),
         blind=True,
     ),
     Mutant(
@@ -148,7 +161,7 @@ PRIMITIVES = (
         "return score * LOG2E",
         "return score",
         "scores of a score_mod are taken for base 2",
-        "tests/test_mods.py::test_a_softcap_as_a_function",
+        ("tests/test_mods.py::test_a_softcap_as_a_function",),
         blind=True,
     ),
 )
@@ -160,7 +173,7 @@ LINE = (
         "seqlen_q * GROUP <= MAX_ROWS",
         "seqlen_q * GROUP < MAX_ROWS",
         "a sequence of exactly MAX_ROWS rows is on no path",
-        "tests/test_kernels.py::test_any_number_of_programs[False-4]",
+        ("tests/test_kernels.py::test_any_number_of_programs[False-4]",),
         blind=True,
     ),
     Mutant(
@@ -169,7 +182,7 @@ LINE = (
         "(end - begin + BLOCK_N - 1) // BLOCK_N, 0)",
         "(end - begin) // BLOCK_N, 0)",
         "a sequence's last, incomplete tile is not on the line",
-        "tests/test_kernels.py::test_any_number_of_programs[False-4]",
+        ("tests/test_kernels.py::test_any_number_of_programs[False-4]",),
         blind=True,
     ),
     Mutant(
@@ -178,7 +191,7 @@ LINE = (
         "tl.where(mask, tl.maximum(tiles, 1), 0)",
         "tl.where(mask, tiles, 0)",
         "rows of sequences without keys are not written",
-        "tests/test_line.py::test_a_sequence_without_work_takes_one_tile",
+        ("tests/test_line.py::test_a_sequence_without_work_takes_one_tile",),
         blind=True,
     ),
     Mutant(
@@ -187,7 +200,7 @@ LINE = (
         "first = index * share + tl.minimum(index, extra)",
         "first = index * share",
         "ranges of programs overlap",
-        "tests/test_line.py::test_ranges_follow_each_other_by_index",
+        ("tests/test_line.py::test_ranges_follow_each_other_by_index",),
         blind=True,
     ),
     Mutant(
@@ -196,7 +209,7 @@ LINE = (
         "in_long = extra * (share + 1)",
         "in_long = extra * share",
         "the merge looks for a position in another program's range",
-        "tests/test_line.py::test_the_pieces_of_a_sequence_have_consecutive_indices",
+        ("tests/test_line.py::test_the_pieces_of_a_sequence_have_consecutive_indices",),
         blind=True,
     ),
     Mutant(
@@ -205,7 +218,7 @@ LINE = (
         "lane * parts + tl.minimum(lane, programs % LANES) + pid // LANES",
         "lane * parts + pid // LANES",
         "programs share indices where lanes don't divide them",
-        "tests/test_line.py::test_every_tile_of_every_head_is_in_one_range",
+        ("tests/test_line.py::test_every_tile_of_every_head_is_in_one_range",),
         blind=True,
     ),
     Mutant(
@@ -214,7 +227,12 @@ LINE = (
         "(tiles + chunking[1] - 1) // chunking[1], chunking[0])",
         "tiles // chunking[1], chunking[0])",
         "a sequence has more pieces than num_splits",
-        "tests/test_kernels.py::test_split_and_unsplit",
+        (
+            "tests/test_kernels.py::test_split_and_unsplit[1-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[1-3]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-3]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -223,7 +241,7 @@ LINE = (
         "upto = carry + tl.cumsum(block, 0)",
         "upto = tl.cumsum(block, 0)",
         "batches above one block of sequences are located wrongly",
-        "tests/test_line.py::test_a_position_is_found_in_one_block_and_in_several",
+        ("tests/test_line.py::test_a_position_is_found_in_one_block_and_in_several",),
         blind=True,
     ),
     Mutant(
@@ -232,7 +250,12 @@ LINE = (
         "inside = tl.minimum(end * chunk, tiles) - begin * chunk",
         "inside = end * chunk - begin * chunk",
         "the last, shorter piece of a sequence counts as a whole one",
-        "tests/test_kernels.py::test_split_and_unsplit",
+        (
+            "tests/test_kernels.py::test_split_and_unsplit[1-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[1-3]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-3]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -241,7 +264,12 @@ LINE = (
         "tl.arange(0, BLOCK_B) < seq_idx, units, 0)",
         "tl.arange(0, BLOCK_B) <= seq_idx, units, 0)",
         "the merge takes the pieces of the next sequence",
-        "tests/test_kernels.py::test_split_and_unsplit",
+        (
+            "tests/test_kernels.py::test_split_and_unsplit[1-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[1-3]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-3]",
+        ),
         blind=True,
     ),
 )
@@ -253,7 +281,7 @@ DECODE = (
         "acc1 = dot(weights, v1, acc1 * alpha[:, None], IEEE, INTERPRETED)",
         "acc1 = dot(weights, v1, acc1, IEEE, INTERPRETED)",
         "the second panel of values is not rescaled to a new maximum",
-        "tests/test_kernels.py::test_head_dims[72-8]",
+        ("tests/test_kernels.py::test_head_dims[72-8]",),
         blind=True,
     ),
     Mutant(
@@ -262,7 +290,7 @@ DECODE = (
         "row_sum = row_sum * alpha + tl.sum(prob, 1)",
         "row_sum = row_sum + tl.sum(prob, 1)",
         "the row sum is not rescaled to a new maximum",
-        "tests/test_kernels.py::test_any_number_of_programs[False-4]",
+        ("tests/test_kernels.py::test_any_number_of_programs[False-4]",),
         blind=True,
     ),
     Mutant(
@@ -271,7 +299,11 @@ DECODE = (
         "target = slot + whole",
         "target = slot",
         "of a program's two partial results one overwrites the other",
-        "tests/test_kernels.py::test_any_number_of_programs",
+        (
+            "tests/test_kernels.py::test_any_number_of_programs[True-2]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-4]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-7]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -280,7 +312,7 @@ DECODE = (
         "+ (head * GROUP).to(tl.int64) * q_stride_h",
         "+ head.to(tl.int64) * q_stride_h",
         "kv heads take the queries of other groups",
-        "tests/test_kernels.py::test_any_number_of_programs[False-4]",
+        ("tests/test_kernels.py::test_any_number_of_programs[False-4]",),
         blind=True,
     ),
     Mutant(
@@ -289,7 +321,7 @@ DECODE = (
         "v_rows = page.to(tl.int64) * v_stride_b + slot_in_page * v_stride_t",
         "v_rows = page.to(tl.int64) * v_stride_b + slot_in_page * k_stride_t",
         "values are addressed with the strides of keys",
-        "tests/test_kernels.py::test_head_dims[72-8]",
+        ("tests/test_kernels.py::test_head_dims[72-8]",),
         blind=True,
     ),
     Mutant(
@@ -298,7 +330,7 @@ DECODE = (
         "acc1 *= v_factor",
         "acc1 *= 1.0",
         "the second panel of values misses its factor",
-        "tests/test_latent_and_fp8.py::test_float8_values_are_scored[triton]",
+        ("tests/test_latent_and_fp8.py::test_float8_values_are_scored[triton]",),
         blind=True,
     ),
     Mutant(
@@ -307,7 +339,7 @@ DECODE = (
         "row_end = tl.minimum(end, token + offset + window_right + 1)",
         "row_end = tl.minimum(end, token + offset + window_right + 2)",
         "rows see one key ahead of the diagonal where masks are lazy",
-        "tests/test_latent_and_fp8.py::test_many_queries[triton]",
+        ("tests/test_latent_and_fp8.py::test_many_queries[triton]",),
         blind=True,
     ),
     Mutant(
@@ -316,7 +348,7 @@ DECODE = (
         "limit = tl.minimum(end, offset + window_right + 1)",
         "limit = tl.minimum(end, offset + window_right + 1 + seqlen_q)",
         "tiles of which only the later tokens see all are not masked",
-        "tests/test_latent_and_fp8.py::test_many_queries[triton]",
+        ("tests/test_latent_and_fp8.py::test_many_queries[triton]",),
         blind=True,
     ),
     Mutant(
@@ -325,7 +357,7 @@ DECODE = (
         "lane_ = lane + wrap.to(tl.int32)",
         "lane_ = lane",
         "a range that goes on in the next head stays in its own",
-        "tests/test_kernels.py::test_any_number_of_programs[False-4]",
+        ("tests/test_kernels.py::test_any_number_of_programs[False-4]",),
         blind=True,
     ),
     Mutant(
@@ -334,7 +366,7 @@ DECODE = (
         "tl.where(live, acc0 * factor[:, None], 0.0)",
         "(acc0 * factor[:, None])",
         "a sequence without keys gives the NaN of an unused slot",
-        "tests/test_traps.py::test_sequences_of_length_zero[decode-False-triton]",
+        ("tests/test_traps.py::test_sequences_of_length_zero[decode-False-triton]",),
         blind=True,
     ),
     Mutant(
@@ -343,7 +375,7 @@ DECODE = (
         "padding = padding_",
         "padding = padding + 0",
         "a program keeps the left padding of its first sequence",
-        "tests/test_cache_features.py::test_rows_see_their_own_chunk[True-q_lens1]",
+        ("tests/test_cache_features.py::test_rows_see_their_own_chunk[True-q_lens1]",),
         blind=True,
     ),
     Mutant(
@@ -352,7 +384,7 @@ DECODE = (
         "row_ = tl.where(last, row1, row)",
         "row_ = tl.where(last, row_, row)",
         "a program's later sequences take no notice of cache_batch_idx",
-        "tests/test_cache_features.py::test_rows_of_the_cache",
+        ("tests/test_cache_features.py::test_rows_of_the_cache",),
         blind=True,
     ),
     Mutant(
@@ -361,7 +393,7 @@ DECODE = (
         "rows = lane % ROW_BLOCKS * ROWS + tl.arange(0, BLOCK_M)",
         "rows = tl.arange(0, BLOCK_M)",
         "all lanes of a latent cache compute the first rows",
-        "tests/test_latent_and_fp8.py::test_in_pieces -k triton",
+        ("tests/test_latent_and_fp8.py::test_in_pieces[options0-triton]",),
         blind=True,
     ),
     Mutant(
@@ -370,7 +402,10 @@ DECODE = (
         "k_rows = page.to(tl.int64) * k_stride_b",
         "k_rows = page * k_stride_b",
         "addresses in a cache of 2^31 elements overflow",
-        "tests/test_traps.py::test_offsets_beyond_32_bits -k triton",
+        (
+            "tests/test_traps.py::test_offsets_beyond_32_bits[decode-triton]",
+            "tests/test_traps.py::test_offsets_beyond_32_bits[prefill-triton]",
+        ),
         blind=True,
     ),
 )
@@ -382,7 +417,7 @@ COMBINE = (
         "acc = acc * alpha[:, None] + tl.sum",
         "acc = acc + tl.sum",
         "blocks of partial results are not rescaled to a new maximum",
-        "tests/test_kernels.py::test_more_pieces_than_a_merge_holds_at_once",
+        ("tests/test_kernels.py::test_more_pieces_than_a_merge_holds_at_once[4.0]",),
         blind=True,
     ),
     Mutant(
@@ -391,7 +426,11 @@ COMBINE = (
         "slot = first_slot + 2 * nth + (nth == 0).to(tl.int32)",
         "slot = first_slot + 2 * nth",
         "the first piece is read from where its program entered a sequence",
-        "tests/test_kernels.py::test_any_number_of_programs",
+        (
+            "tests/test_kernels.py::test_any_number_of_programs[True-2]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-4]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-7]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -400,7 +439,11 @@ COMBINE = (
         "range_of(line_start + before + num_tiles - 1, share, extra)",
         "range_of(line_start + before + num_tiles, share, extra)",
         "a sequence that ends with a range has one piece too many",
-        "tests/test_kernels.py::test_any_number_of_programs",
+        (
+            "tests/test_kernels.py::test_any_number_of_programs[True-2]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-4]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-7]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -409,7 +452,11 @@ COMBINE = (
         "line_start = lane * total_units",
         "line_start = lane * 0",
         "heads after the first are looked for in the first one's line",
-        "tests/test_kernels.py::test_any_number_of_programs",
+        (
+            "tests/test_kernels.py::test_any_number_of_programs[True-2]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-4]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-7]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -418,7 +465,12 @@ COMBINE = (
         "first_slot = lane * total_units + before",
         "first_slot = before",
         "all heads merge the pieces of the first",
-        "tests/test_kernels.py::test_split_and_unsplit",
+        (
+            "tests/test_kernels.py::test_split_and_unsplit[1-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[1-3]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-2]",
+            "tests/test_kernels.py::test_split_and_unsplit[3-3]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -427,7 +479,11 @@ COMBINE = (
         "factor, lse = finish(row_max, row_sum, sink, True)",
         "factor, lse = finish(row_max, row_sum, sink, False)",
         "sequences that were cut lose their sinks",
-        "tests/test_kernels.py::test_any_number_of_programs",
+        (
+            "tests/test_kernels.py::test_any_number_of_programs[True-2]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-4]",
+            "tests/test_kernels.py::test_any_number_of_programs[True-7]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -436,7 +492,7 @@ COMBINE = (
         "q_head = head * GROUP + rows % GROUP",
         "q_head = head * GROUP + part_rows % GROUP",
         "rows of later lanes are stored to other heads",
-        "tests/test_latent_and_fp8.py::test_in_pieces -k triton",
+        ("tests/test_latent_and_fp8.py::test_in_pieces[options0-triton]",),
         blind=True,
     ),
 )
@@ -448,7 +504,7 @@ PREFILL = (
         "row_ranges[1],\n",
         "row_ranges[0],\n",
         "the second half of the rows is masked like the first",
-        "tests/test_kernels.py::test_dense_call tests/test_kernels.py::test_prefill",
+        ("tests/test_kernels.py::test_dense_call",),
         blind=True,
     ),
     Mutant(
@@ -457,7 +513,7 @@ PREFILL = (
         "live = token <= live_keys[1]",
         "live = token <= live_keys[1] + BLOCK_N",
         "NaN behind a sequence reaches the product where TMA loads",
-        "tests/test_gpu.py::test_nan_behind_the_end_of_packed_keys_stays_there",
+        ("tests/test_gpu.py::test_nan_behind_the_end_of_packed_keys_stays_there",),
         blind=True,
         gpu=True,
     ),
@@ -467,7 +523,7 @@ PREFILL = (
         "_, full_end = seen_keys(first_token, offset, padding, full_end, windows)",
         "_, full_end = seen_keys(end_token - 1, offset, padding, full_end, windows)",
         "blocks on the diagonal are computed without a mask",
-        "tests/test_kernels.py::test_dense_call",
+        ("tests/test_kernels.py::test_dense_call",),
         blind=True,
     ),
     Mutant(
@@ -476,7 +532,7 @@ PREFILL = (
         "full_begin, _ = seen_keys(end_token - 1, offset, padding, end, windows)",
         "full_begin, _ = seen_keys(first_token, offset, padding, end, windows)",
         "blocks at a window's left edge are computed without a mask",
-        "tests/test_traps.py::test_pages_that_a_window_left_behind_are_not_in_use[mixed-triton]",
+        ("tests/test_traps.py::test_pages_that_a_window_left_behind_are_not_in_use[mixed-triton]",),
         blind=True,
     ),
     Mutant(
@@ -485,7 +541,7 @@ PREFILL = (
         "return tl.where(mask & (wrong == 0), seq_idx, idx)",
         "return tl.where(mask, seq_idx, idx)",
         "garbage metadata is taken for an order",
-        "tests/test_schedule.py::test_an_order_is_taken_only_if_it_is_one",
+        ("tests/test_schedule.py::test_an_order_is_taken_only_if_it_is_one",),
         blind=True,
     ),
     Mutant(
@@ -494,7 +550,7 @@ PREFILL = (
         "upto = carry + tl.cumsum(tiles, 0)",
         "upto = tl.cumsum(tiles, 0)",
         "tiles of batches above one block of sequences are lost",
-        "tests/test_schedule.py -k 'plan or order'",
+        ("tests/test_schedule.py::test_a_plan_for_prefill_is_advice",),
         blind=True,
     ),
     Mutant(
@@ -503,7 +559,9 @@ PREFILL = (
         "live_keys[0] // PAGE_SIZE * PAGE_SIZE), live_keys[1])",
         "live_keys[0] // PAGE_SIZE * PAGE_SIZE), live_keys[1] + BLOCK_N)",
         "pages behind a sequence's last key are read",
-        "tests/test_traps.py::test_nan_in_unused_slots_and_pages_and_garbage_in_table_tails -k 'mixed and triton'",
+        (
+            "tests/test_traps.py::test_nan_in_unused_slots_and_pages_and_garbage_in_table_tails[4-mixed-triton]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -512,7 +570,9 @@ PREFILL = (
         "        if CLAMP:\n",
         "        if CLAMP and PAGE_SIZE < 0:\n",
         "slots behind a sequence's last key are read",
-        "tests/test_traps.py::test_nan_in_unused_slots_and_pages_and_garbage_in_table_tails -k 'mixed and triton'",
+        (
+            "tests/test_traps.py::test_nan_in_unused_slots_and_pages_and_garbage_in_table_tails[4-mixed-triton]",
+        ),
         blind=True,
     ),
     Mutant(
@@ -521,7 +581,10 @@ PREFILL = (
         "end_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, seqlen_q)",
         "end_token = tl.minimum((first_row + BLOCK_M) // GROUP, seqlen_q)",
         "a token whose heads are cut by the tile's end sees a key less",
-        "tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype4-q_lens4-triton] tests/test_kernels.py::test_more_rows_than_the_decode_path_takes tests/test_kernels.py::test_prefill",
+        (
+            "tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype4-q_lens4-triton]",
+            "tests/test_kernels.py::test_more_rows_than_the_decode_path_takes",
+        ),
         blind=True,
     ),
     Mutant(
@@ -530,7 +593,7 @@ PREFILL = (
         "sinks = sinks_ptr + head * GROUP",
         "sinks = sinks_ptr + head",
         "groups of heads take others' sinks",
-        "tests/test_traps.py::test_a_sink_counts_once[mixed-triton]",
+        ("tests/test_traps.py::test_a_sink_counts_once[mixed-triton]",),
         blind=True,
     ),
     Mutant(
@@ -539,7 +602,7 @@ PREFILL = (
         "state[5] if v_descale_ptr is None else state[5] * v_factor",
         "state[5]",
         "the second half of the rows misses the factor of values",
-        "tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype4-q_lens4-triton]",
+        ("tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype4-q_lens4-triton]",),
         blind=True,
     ),
     Mutant(
@@ -548,7 +611,7 @@ PREFILL = (
         "q1 = -q1",
         "q1 = q1 + 0",
         "a negative scale is positive for the second half of the rows",
-        "tests/test_kernels.py::test_any_finite_scale[70-0.0--0.5]",
+        ("tests/test_kernels.py::test_any_finite_scale[70-0.0--0.5]",),
         blind=True,
     ),
     Mutant(
@@ -557,7 +620,10 @@ PREFILL = (
         "rows = page.to(tl.int64) * strides[0]",
         "rows = page * strides[0]",
         "addresses in a cache of 2^31 elements overflow",
-        "tests/test_traps.py::test_offsets_beyond_32_bits -k triton",
+        (
+            "tests/test_traps.py::test_offsets_beyond_32_bits[decode-triton]",
+            "tests/test_traps.py::test_offsets_beyond_32_bits[prefill-triton]",
+        ),
         blind=True,
     ),
 )
@@ -569,7 +635,7 @@ SCHEDULE = (
         "return tl.where(mask, end - begin, 0)",
         "return tl.where(mask, end, 0)",
         "keys before a window count as visible",
-        "tests/test_schedule.py::test_a_window_counts_only_what_it_shows",
+        ("tests/test_schedule.py::test_a_window_counts_only_what_it_shows",),
         blind=True,
     ),
     Mutant(
@@ -578,7 +644,7 @@ SCHEDULE = (
         "descending=True",
         "descending=False",
         "the longest sequences go last",
-        "tests/test_schedule.py::test_prefill_order_is_longest_first",
+        ("tests/test_schedule.py::test_prefill_order_is_longest_first",),
         blind=True,
     ),
     Mutant(
@@ -587,7 +653,7 @@ SCHEDULE = (
         "tl.store(order_ptr + 2 * order + 1, idx.to(tl.int16), mask=mask)",
         "tl.store(order_ptr + 2 * idx + 1, order.to(tl.int16), mask=mask)",
         "places don't lead back, so that the order is never taken",
-        "tests/test_schedule.py::test_an_order_is_taken_only_if_it_is_one",
+        ("tests/test_schedule.py::test_an_order_is_taken_only_if_it_is_one",),
         blind=True,
     ),
     Mutant(
@@ -596,7 +662,7 @@ SCHEDULE = (
         "rows_before += tl.sum(rows, 0)",
         "rows_before = tl.sum(rows, 0)",
         "prefix sums of row tiles begin anew in the third block of sequences",
-        "tests/test_schedule.py -k 'plan or order or sum or length'",
+        ("tests/test_schedule.py::test_prefill_order_is_longest_first",),
         blind=True,
     ),
     Mutant(
@@ -605,7 +671,7 @@ SCHEDULE = (
         "tl.static_range(4)",
         "tl.static_range(3)",
         "the last segment keeps what was in memory behind the batch",
-        "tests/test_schedule.py::test_a_buffer_is_filled_in_place_and_completely",
+        ("tests/test_schedule.py::test_a_buffer_is_filled_in_place_and_completely",),
         blind=True,
     ),
     Mutant(
@@ -614,7 +680,7 @@ SCHEDULE = (
         "tl.minimum(work, 0xFFFFF)",
         "work",
         "the order of very long sequences is by an overflowed number",
-        "tests/test_schedule.py -k 'plan or order or sum or length'",
+        ("tests/test_schedule.py::test_prefill_order_is_longest_first",),
         blind=True,
     ),
     Mutant(
@@ -623,7 +689,7 @@ SCHEDULE = (
         "work * BLOCK_B + (BLOCK_B - 1 - idx)",
         "work * BLOCK_B + idx",
         "the order is of the sequences mirrored",
-        "tests/test_schedule.py::test_prefill_order_is_longest_first",
+        ("tests/test_schedule.py::test_prefill_order_is_longest_first",),
         blind=True,
     ),
 )
@@ -635,7 +701,7 @@ APPEND = (
         "(x * cos - y * sin)",
         "(x * cos + y * sin)",
         "keys are not rotated but sheared",
-        "tests/test_cache_features.py::test_new_keys_and_queries_turn",
+        ("tests/test_cache_features.py::test_new_keys_and_queries_turn[True-True-new0]",),
         blind=True,
     ),
     Mutant(
@@ -644,7 +710,7 @@ APPEND = (
         "        if INTERLEAVED:\n",
         "        if not INTERLEAVED:\n",
         "interleaved and half-by-half rotation are exchanged",
-        "tests/test_cache_features.py::test_new_keys_and_queries_turn",
+        ("tests/test_cache_features.py::test_new_keys_and_queries_turn[True-True-new0]",),
         blind=True,
     ),
     Mutant(
@@ -653,7 +719,7 @@ APPEND = (
         "position += nth",
         "position += 0 * nth",
         "all query tokens turn by the position of the first",
-        "tests/test_cache_features.py::test_a_window_turns_queries_by_their_own_positions",
+        ("tests/test_cache_features.py::test_a_window_turns_queries_by_their_own_positions",),
         blind=True,
     ),
     Mutant(
@@ -662,7 +728,7 @@ APPEND = (
         "live &= target < max_seqlen_k",
         "live &= target >= 0",
         "tokens are written behind the cache",
-        "tests/test_cache_features.py::test_a_target_that_does_not_exist_is_dropped",
+        ("tests/test_cache_features.py::test_a_target_that_does_not_exist_is_dropped",),
         blind=True,
     ),
     Mutant(
@@ -671,7 +737,7 @@ APPEND = (
         "live &= (row >= 0) & (row < num_pages)",
         "live &= row >= 0",
         "tokens are written to pages that do not exist",
-        "tests/test_cache_features.py::test_garbage_writes_nowhere_else[page_table]",
+        ("tests/test_cache_features.py::test_garbage_writes_nowhere_else[page_table]",),
         blind=True,
     ),
     Mutant(
@@ -680,7 +746,7 @@ APPEND = (
         "(ends[None, :] <= token[:, None])",
         "(ends[None, :] < token[:, None])",
         "a sequence's first packed token belongs to the one before",
-        "tests/test_cache_features.py::test_new_keys_are_written_and_seen[q_lens0-True]",
+        ("tests/test_cache_features.py::test_new_keys_are_written_and_seen[q_lens0-True]",),
         blind=True,
     ),
     Mutant(
@@ -689,7 +755,7 @@ APPEND = (
         "position = nth + tl.load(rotary_seqlens_ptr + seq_idx, mask=live, other=0)",
         "position = tl.load(rotary_seqlens_ptr + seq_idx, mask=live, other=0)",
         "new keys at rotary_seqlens all turn by one position",
-        "tests/test_cache_features.py::test_new_keys_and_queries_turn",
+        ("tests/test_cache_features.py::test_new_keys_and_queries_turn[True-True-new0]",),
         blind=True,
     ),
     Mutant(
@@ -698,7 +764,10 @@ APPEND = (
         "v_rows = seq_idx.to(tl.int64) * v_new_stride_b + nth.to(tl.int64) * v_new_stride_t",
         "v_rows = seq_idx.to(tl.int64) * k_new_stride_b + nth.to(tl.int64) * k_new_stride_t",
         "new values are addressed with the strides of new keys",
-        "tests/test_cache_features.py -k 'new_keys or dense_batch'",
+        (
+            "tests/test_cache_features.py::test_new_keys_are_written_and_seen[q_lens0-True]",
+            "tests/test_cache_features.py::test_a_dense_batch_of_queries",
+        ),
         blind=True,
     ),
     Mutant(
@@ -707,7 +776,7 @@ APPEND = (
         "(dims >= ROTARY_DIM)",
         "(dims > ROTARY_DIM)",
         "the first dim that is not turned is not copied",
-        "tests/test_cache_features.py::test_a_window_turns_queries_by_their_own_positions",
+        ("tests/test_cache_features.py::test_a_window_turns_queries_by_their_own_positions",),
         blind=True,
     ),
     Mutant(
@@ -716,7 +785,11 @@ APPEND = (
         "tl.minimum(tl.maximum(position, 0), num_positions - 1)",
         "tl.maximum(position, 0)",
         "positions behind the table are read",
-        "tests/test_cache_features.py -k 'turn or target or garbage'",
+        (
+            "tests/test_cache_features.py::test_new_keys_and_queries_turn[True-True-new0]",
+            "tests/test_cache_features.py::test_a_target_that_does_not_exist_is_dropped",
+            "tests/test_cache_features.py::test_garbage_writes_nowhere_else",
+        ),
         blind=True,
     ),
 )
@@ -728,7 +801,7 @@ MERGE = (
         "(base + tl.log2(total)) / LOG2E, NEG_INF)\n        target",
         "(base + tl.log2(total)), NEG_INF)\n        target",
         "the merged log-sum-exp stays in base 2",
-        "tests/test_merge.py::test_packed_sequences",
+        ("tests/test_merge.py::test_packed_sequences",),
         blind=True,
     ),
     Mutant(
@@ -737,7 +810,7 @@ MERGE = (
         "return tl.where(lse == -NEG_INF, NEG_INF, lse)",
         "return lse",
         "an empty part of FlashAttention-3's has infinite weight",
-        "tests/test_merge.py::test_splits",
+        ("tests/test_merge.py::test_splits",),
         blind=True,
     ),
     Mutant(
@@ -746,7 +819,7 @@ MERGE = (
         "base = tl.where(top == NEG_INF, 0.0, top)\n    total",
         "base = top\n    total",
         "rows without keys in any part become NaN",
-        "tests/test_merge.py::test_splits",
+        ("tests/test_merge.py::test_splits",),
         blind=True,
     ),
     Mutant(
@@ -755,7 +828,7 @@ MERGE = (
         "b * (weight_b * scale)",
         "b * (weight_a * scale)",
         "the second part has the weight of the first",
-        "tests/test_merge.py::test_pairs",
+        ("tests/test_merge.py::test_pairs",),
         blind=True,
     ),
     Mutant(
@@ -764,7 +837,7 @@ MERGE = (
         "mask=(some > NEG_INF)[:, :, None]",
         "mask=((split < splits)[:, None] & real[None, :])[:, :, None]",
         "outputs of empty parts are read",
-        "tests/test_merge.py::test_packed_sequences",
+        ("tests/test_merge.py::test_packed_sequences",),
         blind=True,
     ),
     Mutant(
@@ -773,7 +846,7 @@ MERGE = (
         "dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)",
         "dims = tl.arange(0, BLOCK_D)",
         "dims behind the first block are not written",
-        "tests/test_merge.py::test_splits",
+        ("tests/test_merge.py::test_splits",),
         blind=True,
     ),
     Mutant(
@@ -782,7 +855,7 @@ MERGE = (
         "split = start + tl.arange(0, BLOCK_P).to(tl.int64)",
         "split = tl.arange(0, BLOCK_P).to(tl.int64)",
         "of more parts than a block the first are summed again",
-        "tests/test_merge.py::test_splits",
+        ("tests/test_merge.py::test_splits",),
         blind=True,
     ),
 )
@@ -794,7 +867,7 @@ HOPPER = (
         "keep = column[None, :] < (end - key)[:, None]",
         "keep = column[None, :] <= (end - key)[:, None]",
         "rows see one key ahead",
-        "tests/test_hopper.py::test_features[window]",
+        ("tests/test_hopper.py::test_features[window]",),
         blind=True,
     ),
     Mutant(
@@ -803,7 +876,7 @@ HOPPER = (
         "keep &= column[None, :] >= (first - key)[:, None]",
         "keep &= column[None, :] > (first - key)[:, None]",
         "the oldest key of a window is masked",
-        "tests/test_hopper.py::test_features[window]",
+        ("tests/test_hopper.py::test_features[window]",),
         blind=True,
     ),
     Mutant(
@@ -812,7 +885,7 @@ HOPPER = (
         "alpha = gl.where(has_grown, exp2((row_max - highest) * scale_log2), 1.0)",
         "alpha = gl.where(has_grown, 1.0, 1.0)",
         "a maximum that was outgrown rescales nothing",
-        "tests/test_hopper.py::test_features[large-scale]",
+        ("tests/test_hopper.py::test_features[large-scale]",),
         blind=True,
     ),
     Mutant(
@@ -821,7 +894,7 @@ HOPPER = (
         "from_last -= gl.maximum(gl.max(gl.where(passed, upto, 0), 0), before)",
         "from_last -= gl.max(gl.where(passed, upto, 0), 0)",
         "tiles of the first of each 32 sequences are miscounted",
-        "tests/test_hopper.py::test_more_sequences_than_a_warp_has_lanes",
+        ("tests/test_hopper.py::test_more_sequences_than_a_warp_has_lanes",),
         blind=True,
     ),
     Mutant(
@@ -830,7 +903,7 @@ HOPPER = (
         "gl.arange(0, 32, layout=LANES) == b, pages, 0)",
         "gl.arange(0, 32, layout=LANES) == 0, pages, 0)",
         "all boxes of a tile come from the page of its first",
-        "tests/test_hopper.py::test_pages[16]",
+        ("tests/test_hopper.py::test_pages[16]",),
         blind=True,
     ),
     Mutant(
@@ -839,7 +912,7 @@ HOPPER = (
         "at, live, column + DIM, TAIL, C)",
         "at, live, column, TAIL, C)",
         "the second panel repeats the first one's columns",
-        "tests/test_hopper.py::test_head_dims[False-96-96]",
+        ("tests/test_hopper.py::test_head_dims[False-96-96]",),
         blind=True,
     ),
     Mutant(
@@ -848,7 +921,7 @@ HOPPER = (
         "barrier_arrive(TURN + (CONSUMER + 1) % C.CONSUMERS, 256)",
         "barrier_arrive(TURN + CONSUMER, 256)",
         "consumers wait for each other for ever",
-        "tests/test_hopper.py::test_features[window]",
+        ("tests/test_hopper.py::test_features[window]",),
         blind=True,
     ),
     Mutant(
@@ -857,7 +930,7 @@ HOPPER = (
         "live = gl.maximum(tile[3] - first_row, 0)",
         "live = ROWS",
         "rows behind a sequence are overwritten",
-        "tests/test_hopper.py::test_features[unused-rows]",
+        ("tests/test_hopper.py::test_features[unused-rows]",),
         blind=True,
     ),
     Mutant(
@@ -866,7 +939,7 @@ HOPPER = (
         "sinks_ptr + tile[0]",
         "sinks_ptr + head",
         "a tile takes the sink of the next tile's head",
-        "tests/test_hopper.py::test_features[sinks]",
+        ("tests/test_hopper.py::test_features[sinks]",),
         blind=True,
     ),
     Mutant(
@@ -875,7 +948,7 @@ HOPPER = (
         "lo = (gl.maximum(full_begin, begin) - start + C.BLOCK_N - 1) // C.BLOCK_N",
         "lo = (gl.maximum(full_begin, begin) - start) // C.BLOCK_N",
         "the tile at a window's left edge is not masked",
-        "tests/test_hopper.py::test_features[window]",
+        ("tests/test_hopper.py::test_features[window]",),
         blind=True,
     ),
     Mutant(
@@ -884,7 +957,7 @@ HOPPER = (
         "tl.pointer_type(tl.int32), bitcast=True), 0)",
         "tl.pointer_type(tl.int32), bitcast=True), 1)",
         "the first tile of the counter is skipped",
-        "tests/test_hopper.py::test_programs[0]",
+        ("tests/test_hopper.py::test_programs[0]",),
         blind=True,
     ),
     Mutant(
@@ -893,7 +966,7 @@ HOPPER = (
         "pivot = gl.where(highest == NEG_INF, 0.0, highest)",
         "pivot = highest",
         "rows that see no key become NaN",
-        "tests/test_hopper.py::test_features[window]",
+        ("tests/test_hopper.py::test_features[window]",),
         blind=True,
     ),
 )

@@ -16,8 +16,8 @@ class Mutant:
     replacement: str
     breaks: str
     """What goes wrong, in a few words."""
-    tests: str = ""
-    """Arguments of pytest: the tests expected to fail."""
+    tests: tuple[str, ...]
+    """Those of which one is expected to fail, as pytest names them."""
     blind: bool = False
     """Written before its author had read a test."""
     gpu: bool = False
