@@ -108,6 +108,21 @@ def portability(session: nox.Session, triton: str) -> None:
 
 
 @nox.session(default=False)
+def mutants(session: nox.Session) -> None:
+    """Whether the tests notice bugs put into the kernels: ``nox -s mutants -- --only NAME``."""
+    session.install(*CONSTRAINTS, "-e", ".[test]")
+    session.run("python", "-m", "tests.mutants", *session.posargs)
+
+
+@nox.session(default=False)
+def mutants_operators(session: nox.Session) -> None:
+    """The same for the Python beside the kernels, with mutmut's operators: what survives."""
+    session.install(*CONSTRAINTS, "-e", ".[mutants]")
+    session.run("mutmut", "run", *session.posargs, env=TEST_ENV)
+    session.run("mutmut", "results")
+
+
+@nox.session(default=False)
 @nox.parametrize("transformers", ["5.17.0", "newest"])
 def integrations(session: nox.Session, transformers: str) -> None:
     """The package inside other frameworks, on the CPU: the oldest transformers and the newest."""

@@ -203,6 +203,17 @@ def test_a_window_turns_queries_by_their_own_positions() -> None:
     Call(new=(3, 3, 3), q_lens=(3, 3, 3), rotary_dim=16, causal=False, left=6).check()
 
 
+def test_positions_behind_the_table_turn_by_its_last_row() -> None:
+    Call(new=(2, 2, 2), q_lens=(2, 1, 3), rotary_dim=16, rotary_seqlens=(70, 5000, 71)).check()
+
+
+def test_new_values_have_strides_of_their_own() -> None:
+    for packed in (False, True):
+        call = Call(new=(2, 2, 2), packed_new=packed, q_lens=(2, 1, 3))
+        v = call.arguments["v"]
+        call.check(v=torch.cat([v, v], -1)[..., :DIM])
+
+
 @pytest.mark.parametrize("paged", [True, False])
 def test_rows_of_the_cache(paged: bool) -> None:
     Call(paged=paged, rows=(4, 0, 2)).check()

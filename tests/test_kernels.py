@@ -20,6 +20,7 @@ import triton_fa
 from parity_tests.budgets import Limits, Result, Truth, judge
 from parity_tests.cases import Case
 from parity_tests.runners import Prepared
+from triton_fa.schedule.tiles import PrefillTile
 
 pytest.importorskip("triton")
 
@@ -285,6 +286,58 @@ def test_more_rows_than_the_decode_path_takes(group: int, seqlen_q: int, device:
             ),
             device,
         )
+
+
+HALVED: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "window": {"window": (20, 3), "sinks": True},
+    "negative-scale": {"softmax_scale": -0.5},
+    "float8": {"kv_dtype": "float8_e4m3fn", "descales": "kv"},
+}
+
+
+@pytest.mark.parametrize("name", HALVED)
+def test_rows_in_two_halves(name: str, fresh: pytest.MonkeyPatch, device: str) -> None:
+    """What the tiles of Hopper are; groups of three are cut by the ends of halves and tiles."""
+    if device == "cpu":
+        tile = PrefillTile(2 * TILE, TILE, 4, 1, halves=2)
+        fresh.setattr("triton_fa.kernels.plans.prefill_tile", lambda *arguments: tile)
+    agrees(
+        PAGED.with_changes(
+            heads_q=3, heads_kv=1, seqlens_q=(50,) * 3, seqlens_k=(75, 60, 30), **HALVED[name]
+        ),
+        device,
+    )
+
+
+@pytest.mark.parametrize("seqlen_k", [31, 32, 33, 43])
+def test_a_group_is_cut_by_the_end_of_a_tile(seqlen_k: int, device: str) -> None:
+    """A token's last head is in another tile: both see the key that only this token sees."""
+    agrees(
+        PAGED.with_changes(
+            heads_q=3, heads_kv=1, causal=True, seqlens_q=(33,), seqlens_k=(seqlen_k,), num_splits=1
+        ),
+        device,
+    )
+
+
+def test_a_ragged_prefill_of_more_sequences_than_the_largest_block(
+    fresh: pytest.MonkeyPatch, device: str
+) -> None:
+    """Beyond 1024 sequences there is no order; so here beyond 4, in three blocks."""
+    fresh.setattr("triton_fa.kernels.plans._block_b", lambda batch: 4)
+    agrees(
+        PAGED.with_changes(
+            q_layout="packed",
+            heads_q=1,
+            heads_kv=1,
+            causal=True,
+            seqlens_q=(66, 1, 0, 2, 65, 1, 1, 0, 65),
+            seqlens_k=(70, 9, 5, 2, 65, 3, 4, 0, 33),
+            max_q_slack=200,
+        ),
+        device,
+    )
 
 
 # ---------------------------------------------------------------- numbers

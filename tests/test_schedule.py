@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -83,6 +84,29 @@ def test_prefill_order_is_longest_first() -> None:
         total += tiles[seq]
         expected.append(total)
     assert rows[:5] == expected
+
+
+def test_the_longest_of_sequences_is_first_whatever_its_length() -> None:
+    """Its rows times its keys, times the sequences of a block, are beyond 32 bits."""
+    queries = [300, 2**20, 100]
+    prefix = torch.tensor([0, *queries]).cumsum(0).int()
+    bounds = {"max_seqlen_q": 2**20, "max_seqlen_k": 2**20}
+    metadata = _metadata(queries, cu_seqlens_q=prefix, num_heads_k=8, **bounds)
+    assert _segments(metadata)[2][:3] == [1, 0, 2]
+
+
+def test_sums_go_on_from_block_to_block(fresh: pytest.MonkeyPatch) -> None:
+    """Beyond 1024 sequences the batch's own order stays, and sums are carried; so here beyond 4."""
+    fresh.setattr(plans, "_block_b", lambda batch: 4)
+    queries = [90, 1, 70, 0, 29, 65, 200, 1, 66, 64, 128]
+    prefix = torch.tensor([0, *queries]).cumsum(0).int()
+    metadata = _metadata(queries, cu_seqlens_q=prefix, max_seqlen_q=200, num_heads_k=8)
+    decode, _, order, rows = _segments(metadata)
+    decode_tiles = [1 if n > 64 else max(1, -(-n // BLOCK_N)) for n in queries]
+    row_tiles = [-(-n // BLOCK_M) if n > 64 else 0 for n in queries]
+    assert order[:11] == list(range(11))
+    assert decode[:11] == list(itertools.accumulate(decode_tiles))
+    assert rows[:11] == list(itertools.accumulate(row_tiles))
 
 
 def test_a_buffer_is_filled_in_place_and_completely() -> None:

@@ -504,7 +504,7 @@ PREFILL = (
         "row_ranges[1],\n",
         "row_ranges[0],\n",
         "the second half of the rows is masked like the first",
-        ("tests/test_kernels.py::test_dense_call",),
+        ("tests/test_kernels.py::test_rows_in_two_halves[causal]",),
         blind=True,
     ),
     Mutant(
@@ -550,7 +550,7 @@ PREFILL = (
         "upto = carry + tl.cumsum(tiles, 0)",
         "upto = tl.cumsum(tiles, 0)",
         "tiles of batches above one block of sequences are lost",
-        ("tests/test_schedule.py::test_a_plan_for_prefill_is_advice",),
+        ("tests/test_kernels.py::test_a_ragged_prefill_of_more_sequences_than_the_largest_block",),
         blind=True,
     ),
     Mutant(
@@ -581,10 +581,7 @@ PREFILL = (
         "end_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, seqlen_q)",
         "end_token = tl.minimum((first_row + BLOCK_M) // GROUP, seqlen_q)",
         "a token whose heads are cut by the tile's end sees a key less",
-        (
-            "tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype4-q_lens4-triton]",
-            "tests/test_kernels.py::test_more_rows_than_the_decode_path_takes",
-        ),
+        ("tests/test_kernels.py::test_a_group_is_cut_by_the_end_of_a_tile",),
         blind=True,
     ),
     Mutant(
@@ -602,7 +599,7 @@ PREFILL = (
         "state[5] if v_descale_ptr is None else state[5] * v_factor",
         "state[5]",
         "the second half of the rows misses the factor of values",
-        ("tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype4-q_lens4-triton]",),
+        ("tests/test_kernels.py::test_rows_in_two_halves[float8]",),
         blind=True,
     ),
     Mutant(
@@ -611,7 +608,7 @@ PREFILL = (
         "q1 = -q1",
         "q1 = q1 + 0",
         "a negative scale is positive for the second half of the rows",
-        ("tests/test_kernels.py::test_any_finite_scale[70-0.0--0.5]",),
+        ("tests/test_kernels.py::test_rows_in_two_halves[negative-scale]",),
         blind=True,
     ),
     Mutant(
@@ -662,7 +659,7 @@ SCHEDULE = (
         "rows_before += tl.sum(rows, 0)",
         "rows_before = tl.sum(rows, 0)",
         "prefix sums of row tiles begin anew in the third block of sequences",
-        ("tests/test_schedule.py::test_prefill_order_is_longest_first",),
+        ("tests/test_schedule.py::test_sums_go_on_from_block_to_block",),
         blind=True,
     ),
     Mutant(
@@ -680,7 +677,7 @@ SCHEDULE = (
         "tl.minimum(work, 0xFFFFF)",
         "work",
         "the order of very long sequences is by an overflowed number",
-        ("tests/test_schedule.py::test_prefill_order_is_longest_first",),
+        ("tests/test_schedule.py::test_the_longest_of_sequences_is_first_whatever_its_length",),
         blind=True,
     ),
     Mutant(
@@ -764,10 +761,7 @@ APPEND = (
         "v_rows = seq_idx.to(tl.int64) * v_new_stride_b + nth.to(tl.int64) * v_new_stride_t",
         "v_rows = seq_idx.to(tl.int64) * k_new_stride_b + nth.to(tl.int64) * k_new_stride_t",
         "new values are addressed with the strides of new keys",
-        (
-            "tests/test_cache_features.py::test_new_keys_are_written_and_seen[q_lens0-True]",
-            "tests/test_cache_features.py::test_a_dense_batch_of_queries",
-        ),
+        ("tests/test_cache_features.py::test_new_values_have_strides_of_their_own",),
         blind=True,
     ),
     Mutant(
@@ -785,11 +779,7 @@ APPEND = (
         "tl.minimum(tl.maximum(position, 0), num_positions - 1)",
         "tl.maximum(position, 0)",
         "positions behind the table are read",
-        (
-            "tests/test_cache_features.py::test_new_keys_and_queries_turn[True-True-new0]",
-            "tests/test_cache_features.py::test_a_target_that_does_not_exist_is_dropped",
-            "tests/test_cache_features.py::test_garbage_writes_nowhere_else",
-        ),
+        ("tests/test_cache_features.py::test_positions_behind_the_table_turn_by_its_last_row",),
         blind=True,
     ),
 )

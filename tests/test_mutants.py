@@ -1,0 +1,65 @@
+"""The hand-made mutants: they still apply, and their run tells killed from survived."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.__main__ import KERNELS, ROOT, mutated, pytest_in
+from tests.mutants.kernels import MUTANTS
+from tests.mutants.record import Mutant
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_applies(mutant: Mutant) -> None:
+    source = (ROOT / KERNELS / mutant.file).read_text()
+    changed = mutated(mutant, source)
+    assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(source))
+    for test in mutant.tests:
+        file, _, name = test.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / file).read_text(), test
+
+
+def test_every_kernel_file_has_mutants() -> None:
+    files = Counter(mutant.file for mutant in MUTANTS)
+    for path in (ROOT / KERNELS).glob("*.py"):
+        if "jit\n" in path.read_text() or "jit(" in path.read_text():
+            assert files[path.name] >= 5, path.name
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_a_mutant_of_other_code_is_refused() -> None:
+    for source in ("", 2 * MUTANTS[0].text):
+        with pytest.raises(ValueError, match="its text occurs"):
+            mutated(MUTANTS[0], source)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("pass", ""),
+        ("assert False", "test_it.py::test_it"),
+        ("import os; os.abort()", "crash: SIGABRT"),
+        ("import time; time.sleep(99)", "no end after 9 s"),
+    ],
+    ids=["passes", "fails", "crashes", "hangs"],
+)
+def test_what_kills_a_mutant(body: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(f"def test_it():\n    {body}\n")
+    run = pytest_in(tmp_path, ["test_it.py"], timeout=9)
+    assert run.passed is (said == "")
+    assert run.detail == said
+
+
+@pytest.mark.parametrize("body", ["import pytest\npytest.skip(allow_module_level=True)", ""])
+def test_a_test_that_did_not_run_kills_nothing(body: str, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(body)
+    with pytest.raises(RuntimeError, match="ran no test"):
+        pytest_in(tmp_path, ["test_it.py"])
+
+
+def test_the_page_lists_every_mutant() -> None:
+    page = (ROOT / "docs" / "mutants.md").read_text()
+    missing = [m.name for m in MUTANTS if f"`{m.name}`" not in page]
+    assert not missing, "run python -m tests.mutants, and copy its table"
