@@ -1,5 +1,6 @@
 """From public arguments to the canonical problem: layouts, windows, bounds, features, spellings."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 import triton_fa
 from triton_fa import normalize, spec
-from triton_fa.normalize import Options
-from triton_fa.problem import Append, Problem, Tensors
+from triton_fa.errors import ArgumentError, ArgumentTypeError, ArgumentValueError
+from triton_fa.normalize import MetadataOptions, Options
+from triton_fa.problem import Append, Lengths, Problem, Tensors
+from triton_fa.spec import AttnSpec, Bounds
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -377,3 +380,146 @@ def test_an_append_is_prepared_again_when_anything_the_host_sees_of_it_changes(f
     for change in changes:
         assert prepared(**change) == 1, change
         assert prepared(**change) == 0, change
+
+
+# ---------------------------------------------------------------- scheduler metadata
+
+ERRORS = (ArgumentError, ArgumentTypeError, ArgumentValueError)
+LENGTHS = Lengths(
+    cu_seqlens_q=ints(0, 2, 5),
+    cu_seqlens_k=ints(0, 3, 7),
+    seqused_q=ints(2, 3),
+    seqused_k=ints(3, 4),
+    cu_seqlens_k_new=ints(0, 1, 3),
+    cache_leftpad=ints(0, 1),
+)
+STEP = MetadataOptions(
+    batch_size=2,
+    max_seqlen_q=3,
+    max_seqlen_k=48,
+    num_heads_q=4,
+    num_heads_kv=2,
+    headdim=64,
+    headdim_v=128,
+    qkv_dtype=torch.bfloat16,
+    page_size=16,
+    causal=True,
+    window_size=(9, -1),
+    has_softcap=True,
+    num_splits=3,
+    sm_margin=2,
+    features=frozenset(["cache_leftpad"]),
+    attention_chunk=8,
+    max_seqlen_k_new=2,
+)
+
+
+def test_what_a_step_schedules() -> None:
+    what, bounds = normalize.schedule(LENGTHS, None, STEP)
+    assert what == AttnSpec(
+        entry="kvcache",
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        kv_dtype=torch.bfloat16,
+        num_heads_q=4,
+        num_heads_kv=2,
+        head_dim=64,
+        head_dim_v=128,
+        query_layout="packed",
+        key_layout="paged",
+        page_size=16,
+        softmax_scale=1.0,
+        window_left=9,
+        window_right=0,
+        softcap=1.0,
+        num_splits=3,
+        sm_margin=2,
+        features=frozenset(["cache_leftpad"]),
+        sinks_dtype=None,
+        pack_gqa=None,
+        attention_chunk=8,
+    )
+    unknown = 2**31 - 1
+    assert bounds == Bounds(2, unknown, 3, 48, None, unknown, 2)
+
+
+def test_what_the_smallest_step_schedules() -> None:
+    smallest = dataclasses.replace(
+        STEP,
+        batch_size=0,
+        max_seqlen_q=0,
+        max_seqlen_k=0,
+        num_heads_q=1,
+        num_heads_kv=1,
+        headdim=1,
+        headdim_v=None,
+        page_size=None,
+        has_softcap=False,
+        num_splits=0,
+        sm_margin=0,
+        max_seqlen_k_new=0,
+    )
+    what, bounds = normalize.schedule(Lengths(seqused_k=ints()), None, smallest)
+    assert (what.num_heads_q, what.num_heads_kv, what.head_dim, what.head_dim_v) == (1, 1, 1, 1)
+    assert (what.query_layout, what.key_layout, what.page_size) == ("dense", "dense", 0)
+    assert (what.softcap, what.num_splits, what.sm_margin) == (0.0, 0, 0)
+    assert bounds == Bounds(0, 2**31 - 1, 0, 0, None, 0, 0)
+    narrow = dataclasses.replace(smallest, headdim_v=1)
+    assert normalize.schedule(Lengths(seqused_k=ints()), None, narrow)[0] == what
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seqused_k", None),
+        ("seqused_k", ints(1, 2, 3)),
+        ("cu_seqlens_q", ints(0, 2)),
+        ("cu_seqlens_k", ints(0, 3, 7, 9)),
+        ("cu_seqlens_k_new", torch.zeros(3)),
+        ("seqused_q", ints(2)),
+        ("cache_leftpad", ints(0, 1, 2)),
+    ],
+)
+def test_a_step_names_its_lengths(name: str, value: Any) -> None:
+    shown = "cache_seqlens" if name == "seqused_k" else name
+    with pytest.raises(ERRORS, match=f"^{shown}: expected "):
+        normalize.schedule(LENGTHS._replace(**{name: value}), None, STEP)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", -1),
+        ("max_seqlen_q", -1),
+        ("max_seqlen_k", -1),
+        ("num_heads_q", 0),
+        ("num_heads_q", 3),
+        ("num_heads_kv", 0),
+        ("headdim", 0),
+        ("headdim_v", 0),
+        ("qkv_dtype", torch.int32),
+        ("num_splits", 1.5),
+        ("sm_margin", -1),
+        ("attention_chunk", -1),
+        ("max_seqlen_k_new", -1),
+    ],
+)
+def test_a_step_names_its_numbers(name: str, value: Any) -> None:
+    with pytest.raises(ERRORS, match=f"^{name}: expected "):
+        normalize.schedule(LENGTHS, None, dataclasses.replace(STEP, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [
+        (7, "a tensor, got int"),
+        (torch.zeros(17), "dtype int32, got float32"),
+        (torch.zeros(17, device="meta").int(), r"device cpu \(that of q\), got meta"),
+        (torch.zeros(1, 17).int(), r"1 dimensions \(at most 17 entries\), got"),
+        (torch.zeros(34).int()[::2], r"a contiguous tensor, got strides \(2,\)"),
+    ],
+    ids=["type", "dtype", "device", "rank", "strides"],
+)
+def test_a_step_names_its_buffer(out: Any, says: str) -> None:
+    with pytest.raises(ERRORS, match=f"^out: expected {says}"):
+        normalize.schedule(LENGTHS, out, STEP)

@@ -303,6 +303,31 @@ def test_candidates_fit(chip: str, dtype: torch.dtype) -> None:
                 assert found.block_m // found.halves >= 16 * found.num_warps
 
 
+def test_candidates_are_what_can_be_compiled_and_nothing_is_left_out() -> None:
+    """On a chip with memory for all of them: fewer warps where accumulators fill the registers."""
+    roomy = replace(H200, shared_memory=1 << 30)
+    stages = (1, 2, 3)
+    for dims, most_rows in (((64, 64), 256), ((8, 128), 128), ((128, 8), 128), ((256, 256), 64)):
+        _, *found = tiles.prefill_candidates(spec(torch.float16, *dims), roomy, 4096)
+        expected = {
+            tiles.PrefillTile(rows, keys, warps, stages_, halves)
+            for rows, warps, halves in (
+                (64, 4, 1),
+                (128, 4, 1),
+                (128, 4, 2),
+                (128, 8, 1),
+                (256, 4, 1),
+                (256, 4, 2),
+                (256, 8, 1),
+                (256, 8, 2),
+            )
+            for keys, stages_ in itertools.product((32, 64, 128), stages)
+            if rows <= most_rows * warps // 4
+        }
+        shipped = prefill_tile(spec(torch.float16, *dims), roomy, 4096)
+        assert {shipped, *found} == expected | {shipped}
+
+
 def test_there_is_something_to_measure_where_tiles_were_not() -> None:
     for chip in ("sm_80", "sm_86", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"):
         problem = spec(torch.bfloat16, 64, 64)
