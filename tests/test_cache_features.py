@@ -238,6 +238,12 @@ def test_rows_see_their_own_chunk(q_lens: tuple[int, ...], causal: bool) -> None
     Call(chunk=7, left=3, padding=(4, 0, 2), q_lens=q_lens, causal=causal).check()
 
 
+def test_a_program_goes_on_to_the_next_sequence() -> None:
+    """With its row of the cache, and its padding: there are two programs for three sequences."""
+    Call(rows=(4, 0, 2)).check(sm_margin=1000)
+    Call(chunk=7, padding=(4, 0, 2), q_lens=(3, 1, 2)).check(sm_margin=1000)
+
+
 @pytest.mark.parametrize("options", [{"num_splits": 3}, {"batch_invariant": True}])
 def test_everything_together_in_pieces(options: dict[str, Any]) -> None:
     call = Call(

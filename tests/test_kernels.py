@@ -249,6 +249,11 @@ def test_split_and_unsplit(num_splits: int, seqlen_q: int, device: str) -> None:
     )
 
 
+def test_the_last_piece_is_shorter(device: str) -> None:
+    """Who took it for a whole one would go on to a head that there is not, and write its rows."""
+    agrees(PAGED.with_changes(seqlens_k=(3, 5, 150), num_splits=2), device)
+
+
 def test_unsplit_is_one_kernel(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     from triton_fa import api
     from triton_fa.kernels import plans
@@ -316,6 +321,22 @@ def test_a_group_is_cut_by_the_end_of_a_tile(seqlen_k: int, device: str) -> None
     agrees(
         PAGED.with_changes(
             heads_q=3, heads_kv=1, causal=True, seqlens_q=(33,), seqlens_k=(seqlen_k,), num_splits=1
+        ),
+        device,
+    )
+
+
+def test_a_window_wider_than_a_tile(device: str) -> None:
+    """Its left edge runs through blocks of which the first rows of a tile see more than the last."""
+    agrees(
+        PAGED.with_changes(
+            heads_q=2,
+            heads_kv=1,
+            causal=True,
+            window=(100, 0),
+            seqlens_q=(33,),
+            seqlens_k=(190,),
+            num_splits=1,
         ),
         device,
     )

@@ -239,6 +239,15 @@ def test_bfloat16_queries_keep_their_range(ver: str, size: float, q_lens: Any) -
     close(out, case.expected(1 / size), 2e-2)
 
 
+@pytest.mark.parametrize("kv_dtype", FP8)
+def test_a_nan_of_a_float8_cache_stays_one(ver: str, kv_dtype: torch.dtype) -> None:
+    case = Paged((5, 9), (1, 1), (4, 2), (32, 32), kv_dtype=kv_dtype)
+    nan = torch.tensor(math.nan).to(kv_dtype)
+    case.v.view(torch.uint8)[int(case.table[0, 0]), 2, 1, 7] = nan.view(torch.uint8)
+    is_nan = case.call(ver)[0].isnan()
+    assert is_nan.nonzero().tolist() == [[0, 2, 7], [0, 3, 7]]  # the queries of kv head 1
+
+
 def test_strided_and_expanded_factors(ver: str) -> None:
     case = Paged((37, 44), (1, 2), (6, 2), (32, 32), kv_dtype=torch.float8_e4m3fn)
     one = torch.tensor([[0.5]]).expand(2, 2)

@@ -1,6 +1,7 @@
 """The hand-made mutants: they still apply, and their run tells killed from survived."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def test_a_mutant_applies(mutant: Mutant) -> None:
 def test_every_kernel_file_has_mutants() -> None:
     files = Counter(mutant.file for mutant in MUTANTS)
     for path in (ROOT / KERNELS).glob("*.py"):
-        if "jit\n" in path.read_text() or "jit(" in path.read_text():
-            assert files[path.name] >= 5, path.name
+        if re.search(r"^@(?:triton|gluon)\.jit", path.read_text(), re.M):
+            assert files[path.name] >= (5 if "_kernel(" in path.read_text() else 1), path.name
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
@@ -41,13 +42,13 @@ def test_a_mutant_of_other_code_is_refused() -> None:
         ("pass", ""),
         ("assert False", "test_it.py::test_it"),
         ("import os; os.abort()", "crash: SIGABRT"),
-        ("import time; time.sleep(99)", "no end after 9 s"),
+        ("import time; time.sleep(99)", "no end after 2 s"),
     ],
     ids=["passes", "fails", "crashes", "hangs"],
 )
 def test_what_kills_a_mutant(body: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(f"def test_it():\n    {body}\n")
-    run = pytest_in(tmp_path, ["test_it.py"], timeout=9)
+    run = pytest_in(tmp_path, ["test_it.py"], timeout=2 if "sleep" in body else 99)
     assert run.passed is (said == "")
     assert run.detail == said
 
