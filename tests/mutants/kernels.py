@@ -573,7 +573,10 @@ PREFILL = (
         "end_token = tl.minimum((first_row + BLOCK_M - 1) // GROUP + 1, seqlen_q)",
         "end_token = tl.minimum((first_row + BLOCK_M) // GROUP, seqlen_q)",
         "a token whose heads are cut by the tile's end sees a key less",
-        ("tests/test_kernels.py::test_a_group_is_cut_by_the_end_of_a_tile",),
+        (
+            "tests/test_latent_and_fp8.py::test_a_float8_cache[kv_dtype4-q_lens4-triton]",
+            "tests/test_kernels.py::test_more_rows_than_the_decode_path_takes",
+        ),
         blind=True,
     ),
     Mutant(
