@@ -385,7 +385,7 @@ def test_an_append_is_prepared_again_when_anything_the_host_sees_of_it_changes(f
 # ---------------------------------------------------------------- scheduler metadata
 
 ERRORS = (ArgumentError, ArgumentTypeError, ArgumentValueError)
-LENGTHS = Lengths(
+STEP_LENGTHS = Lengths(
     cu_seqlens_q=ints(0, 2, 5),
     cu_seqlens_k=ints(0, 3, 7),
     seqused_q=ints(2, 3),
@@ -415,7 +415,7 @@ STEP = MetadataOptions(
 
 
 def test_what_a_step_schedules() -> None:
-    what, bounds = normalize.schedule(LENGTHS, None, STEP)
+    what, bounds = normalize.schedule(STEP_LENGTHS, None, STEP)
     assert what == AttnSpec(
         entry="kvcache",
         device=torch.device("cpu"),
@@ -483,7 +483,7 @@ def test_what_the_smallest_step_schedules() -> None:
 def test_a_step_names_its_lengths(name: str, value: Any) -> None:
     shown = "cache_seqlens" if name == "seqused_k" else name
     with pytest.raises(ERRORS, match=f"^{shown}: expected "):
-        normalize.schedule(LENGTHS._replace(**{name: value}), None, STEP)
+        normalize.schedule(STEP_LENGTHS._replace(**{name: value}), None, STEP)
 
 
 @pytest.mark.parametrize(
@@ -506,7 +506,7 @@ def test_a_step_names_its_lengths(name: str, value: Any) -> None:
 )
 def test_a_step_names_its_numbers(name: str, value: Any) -> None:
     with pytest.raises(ERRORS, match=f"^{name}: expected "):
-        normalize.schedule(LENGTHS, None, dataclasses.replace(STEP, **{name: value}))
+        normalize.schedule(STEP_LENGTHS, None, dataclasses.replace(STEP, **{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -522,4 +522,4 @@ def test_a_step_names_its_numbers(name: str, value: Any) -> None:
 )
 def test_a_step_names_its_buffer(out: Any, says: str) -> None:
     with pytest.raises(ERRORS, match=f"^out: expected {says}"):
-        normalize.schedule(LENGTHS, out, STEP)
+        normalize.schedule(STEP_LENGTHS, out, STEP)
