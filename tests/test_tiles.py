@@ -275,6 +275,33 @@ def test_ranges_end_where_equal_sequences_do() -> None:
     assert decode_programs(facts, tile, 8, 7, 0) == 264  # 28 would idle a sixth
 
 
+LATENT_TILES = [
+    # chip, dtype, rows, whether values alone are scored; keys, warps, stages
+    ("sm_90", torch.bfloat16, 16, False, (64, 4, 2)),
+    ("sm_90", torch.bfloat16, 32, False, (64, 8, 2)),
+    ("sm_90", torch.float32, 16, False, (32, 4, 2)),
+    ("sm_90", torch.float32, 32, False, (32, 8, 1)),
+    ("sm_80", torch.bfloat16, 16, False, (32, 4, 2)),
+    ("sm_80", torch.bfloat16, 16, True, (64, 4, 2)),
+    ("sm_80", torch.bfloat16, 32, False, (32, 8, 2)),
+    ("sm_86", torch.bfloat16, 16, False, (32, 4, 1)),
+    ("gfx942", torch.bfloat16, 16, False, (32, 4, 1)),
+    ("gfx942", torch.bfloat16, 32, False, (16, 8, 1)),
+    ("gfx942", torch.float32, 32, False, (16, 8, 1)),
+    ("cpu", torch.float32, 32, False, (32, 4, 1)),
+]
+
+
+@pytest.mark.parametrize(("chip", "dtype", "rows", "only", "expected"), LATENT_TILES)
+def test_latent_tiles(
+    chip: str, dtype: torch.dtype, rows: int, only: bool, expected: tuple[int, int, int]
+) -> None:
+    """The widest that fits beside queries and what is scored: 64 and 512, or 512 alone."""
+    features = frozenset(["qv", "only_qv"] if only else ["qv"])
+    found = tiles.latent_tile(replace(spec(dtype, 64, 512), features=features), CHIPS[chip], rows)
+    assert found == tiles.DecodeTile(*expected, programs_per_sm=2 if chip == "cpu" else 1)
+
+
 # ---------------------------------------------------------------- what may be measured
 
 

@@ -747,7 +747,7 @@ APPEND = (
         "position = nth + tl.load(rotary_seqlens_ptr + seq_idx, mask=live, other=0)",
         "position = tl.load(rotary_seqlens_ptr + seq_idx, mask=live, other=0)",
         "new keys at rotary_seqlens all turn by one position",
-        ("tests/test_cache_features.py::test_new_keys_and_queries_turn[True-True-new0]",),
+        ("tests/test_cache_features.py::test_new_keys_and_queries_turn[True-True-new1]",),
         blind=True,
     ),
     Mutant(
