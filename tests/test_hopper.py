@@ -163,6 +163,13 @@ FEATURES = {
     "sinks-window": {"sinks": True, "window": (30, 0), "softcap": 30.0},
     "large-scale": {"softmax_scale": 3.0},
     "scale-0": {"softmax_scale": 0.0},
+    "outgrown": {  # maxima that move by more than 2^8, where smaller moves are put off
+        "softmax_scale": 3.0,
+        "head_dim": 256,
+        "head_dim_v": 256,
+        "seqlens_q": (70,),
+        "seqlens_k": (260,),
+    },
     "no-lse": {"lse": False},
     "out": {"out": True, "tail_q": 3},
     "unused-rows": {"pad_q": 5, "pad_k": 9},

@@ -91,7 +91,8 @@ def test_the_longest_of_sequences_is_first_whatever_its_length() -> None:
     queries = [300, 2**20, 100]
     prefix = torch.tensor([0, *queries]).cumsum(0).int()
     bounds = {"max_seqlen_q": 2**20, "max_seqlen_k": 2**20}
-    metadata = _metadata(queries, cu_seqlens_q=prefix, num_heads_k=8, **bounds)
+    keys = [300, 2**20 - BLOCK_N, 100]
+    metadata = _metadata(keys, cu_seqlens_q=prefix, num_heads_k=8, **bounds)
     assert _segments(metadata)[2][:3] == [1, 0, 2]
 
 

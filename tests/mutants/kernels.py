@@ -870,7 +870,7 @@ HOPPER = (
         "alpha = gl.where(has_grown, exp2((row_max - highest) * scale_log2), 1.0)",
         "alpha = gl.where(has_grown, 1.0, 1.0)",
         "a maximum that was outgrown rescales nothing",
-        ("tests/test_hopper.py::test_features[large-scale]",),
+        ("tests/test_hopper.py::test_features[outgrown]",),
         blind=True,
     ),
     Mutant(
@@ -933,7 +933,7 @@ HOPPER = (
         "lo = (gl.maximum(full_begin, begin) - start + C.BLOCK_N - 1) // C.BLOCK_N",
         "lo = (gl.maximum(full_begin, begin) - start) // C.BLOCK_N",
         "the tile at a window's left edge is not masked",
-        ("tests/test_hopper.py::test_features[window]",),
+        ("tests/test_hopper.py::test_features[window-causal]",),
         blind=True,
     ),
     Mutant(
