@@ -415,7 +415,7 @@ STEP = MetadataOptions(
 
 
 def test_what_a_step_schedules() -> None:
-    what, bounds = normalize.schedule(STEP_LENGTHS, None, STEP)
+    what, bounds = normalize.schedule(STEP_LENGTHS, torch.zeros(17).int(), STEP)
     assert what == AttnSpec(
         entry="kvcache",
         device=torch.device("cpu"),
@@ -516,9 +516,10 @@ def test_a_step_names_its_numbers(name: str, value: Any) -> None:
         (torch.zeros(17), "dtype int32, got float32"),
         (torch.zeros(17, device="meta").int(), r"device cpu \(that of q\), got meta"),
         (torch.zeros(1, 17).int(), r"1 dimensions \(at most 17 entries\), got"),
+        (torch.zeros(16).int(), r"shape \(17,\), got"),
         (torch.zeros(34).int()[::2], r"a contiguous tensor, got strides \(2,\)"),
     ],
-    ids=["type", "dtype", "device", "rank", "strides"],
+    ids=["type", "dtype", "device", "rank", "length", "strides"],
 )
 def test_a_step_names_its_buffer(out: Any, says: str) -> None:
     with pytest.raises(ERRORS, match=f"^out: expected {says}"):
