@@ -302,6 +302,14 @@ def test_latent_tiles(
     assert found == tiles.DecodeTile(*expected, programs_per_sm=2 if chip == "cpu" else 1)
 
 
+def test_a_latent_tile_may_fill_the_memory() -> None:
+    both = replace(spec(torch.bfloat16, 64, 512), features=frozenset(["qv", "only_qv"]))
+    just = replace(H200, shared_memory=2048 + (64 + 16) * 2 * 512 * 2)
+    assert tiles.latent_tile(both, just, 16) == tiles.DecodeTile(64, 4, 2, 1)
+    less = replace(just, shared_memory=just.shared_memory - 1)
+    assert tiles.latent_tile(both, less, 16) == tiles.DecodeTile(32, 4, 2, 1)
+
+
 # ---------------------------------------------------------------- what may be measured
 
 
