@@ -363,6 +363,40 @@ def test_candidates_are_what_can_be_compiled_and_nothing_is_left_out() -> None:
         assert {shipped, *found} == expected | {shipped}
 
 
+@pytest.mark.parametrize(("rows", "dim", "warps"), [(16, 64, (4, 8)), (128, 192, (8,))])
+def test_decode_candidates_are_what_threads_can_hold(
+    rows: int, dim: int, warps: tuple[int, ...]
+) -> None:
+    roomy, problem = replace(H200, shared_memory=1 << 30), spec(torch.float16, dim, dim)
+    shipped, *found = tiles.decode_candidates(problem, roomy, rows)
+    expected = {
+        tiles.DecodeTile(keys, warps_, stages, programs)
+        for keys, stages in itertools.product((32, 64, 128), (2, 3, 4))
+        for warps_, programs in ((4, 1), (4, 2), (4, 3), (8, 1), (8, 2))
+        if warps_ in warps
+    }
+    assert {shipped, *found} == expected | {shipped}
+
+
+def test_a_tile_may_fill_the_memory() -> None:
+    """And one byte less is another tile. Heads of 8 take as much as those of 16."""
+    problem = spec(torch.float16, 8, 8)
+    first = tiles.PrefillTile(128, 64, 4, 3, 2)
+    just = replace(H200, shared_memory=2048 + (128 + 2 * 64 * 3) * 16 * 2)
+    less = replace(just, shared_memory=just.shared_memory - 1)
+    assert prefill_tile(problem, just, 2**31) == first
+    assert prefill_tile(problem, less, 2**31) != first
+    assert first in tiles._prefill_grid(problem, just)
+    assert first not in tiles._prefill_grid(problem, less)
+    decode = tiles.DecodeTile(128, 4, 3, 2)
+    just = replace(H200, shared_memory=2048 + 2 * 3 * (2 * 128 + 16) * 16 * 2)
+    less = replace(just, shared_memory=just.shared_memory - 1)
+    assert decode_tile(problem, just, 16) == decode
+    assert decode_tile(problem, less, 16) != decode
+    assert decode in tiles._decode_grid(problem, just, 16)
+    assert decode not in tiles._decode_grid(problem, less, 16)
+
+
 def test_there_is_something_to_measure_where_tiles_were_not() -> None:
     for chip in ("sm_80", "sm_86", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"):
         problem = spec(torch.bfloat16, 64, 64)
