@@ -302,6 +302,22 @@ def test_latent_tiles(
     assert found == tiles.DecodeTile(*expected, programs_per_sm=2 if chip == "cpu" else 1)
 
 
+@pytest.mark.parametrize(
+    ("sms", "heads", "batch", "programs"),
+    [
+        (10, 9, 1, 9),  # a tenth idle, and no more
+        (11, 9, 1, 11),
+        (100, 1, 3, 99),  # a multiple of the sequences
+        (100, 1, 94, 94),  # six of a hundred idle, and no more
+        (100, 1, 93, 100),
+        (100, 1, 192, 96),  # a divisor of them
+    ],
+)
+def test_how_many_programs_may_idle(sms: int, heads: int, batch: int, programs: int) -> None:
+    device, tile = replace(H200, num_sms=sms), tiles.DecodeTile(64, 4, 2, 1)
+    assert decode_programs(device, tile, heads, batch, 0) == programs
+
+
 def test_a_latent_tile_may_fill_the_memory() -> None:
     both = replace(spec(torch.bfloat16, 64, 512), features=frozenset(["qv", "only_qv"]))
     just = replace(H200, shared_memory=2048 + (64 + 16) * 2 * 512 * 2)
