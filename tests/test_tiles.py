@@ -413,6 +413,39 @@ def test_a_tile_may_fill_the_memory() -> None:
     assert decode not in tiles._decode_grid(problem, less, 16)
 
 
+@pytest.mark.parametrize(
+    ("rows", "itemsize", "expected"),
+    [
+        # rows of keys, values and q in two stages; operands staged; times the bytes of a row
+        (32, 2, (2 * (128 + 32)) * 128 * 2),
+        (64, 2, (2 * (128 + 64) + 128) * 128 * 2),
+        (128, 2, (2 * (128 + 128) + 128 + 128) * 128 * 2),
+        (64, 4, (2 * (128 + 64)) * 128 * 4),
+        (128, 4, (2 * (128 + 128)) * 128 * 4),
+    ],
+)
+def test_shared_memory_of_a_decode_tile(rows: int, itemsize: int, expected: int) -> None:
+    tile = tiles.DecodeTile(64, 8, 2, 1)
+    assert tiles._decode_bytes(tile, rows, 128, itemsize) == expected
+
+
+def test_many_rows_fit_where_the_smallest_of_their_tiles_does() -> None:
+    problem = spec(torch.float16, 128, 128)
+    just = replace(H200, shared_memory=2048 + (2 * (64 + 128) + 64 + 128) * 128 * 2)
+    assert decode_fits(problem, just, 128)
+    assert not decode_fits(problem, replace(just, shared_memory=just.shared_memory - 1), 128)
+
+
+@pytest.mark.parametrize(
+    ("dim", "rows", "expected"),
+    [(72, 32, (64, 16)), (72, 64, (128, 0)), (192, 64, (128, 64)), (192, 32, (128, 64))],
+)
+def test_panels_of_wgmma_are_64_wide_at_least(
+    dim: int, rows: int, expected: tuple[int, int]
+) -> None:
+    assert tiles.decode_panels(dim, rows) == expected
+
+
 def test_there_is_something_to_measure_where_tiles_were_not() -> None:
     for chip in ("sm_80", "sm_86", "sm_100", "sm_120", "gfx942", "gfx950", "gfx1100"):
         problem = spec(torch.bfloat16, 64, 64)
