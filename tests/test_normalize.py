@@ -182,6 +182,7 @@ def test_attention_chunk(value: int | None, want: int) -> None:
         ({}, False),
         ({"causal": True}, True),
         ({"window_size": (-1, 0)}, True),
+        ({"window_size": (0, -1)}, True),
         ({"window_size": (3, -1)}, True),
         ({"window_size": (4, -1)}, False),
         ({"window_size": (-1, 1)}, True),
@@ -195,6 +196,19 @@ def test_queries_have_positions_of_their_own_where_a_mask_may_hide_a_key(
     options: dict[str, Any], moving: bool
 ) -> None:
     assert dense(**options).spec.rotary_moving == moving
+
+
+def test_one_causal_query_has_a_position_of_its_own() -> None:
+    q, k = torch.zeros(1, 1, 2, 16), torch.zeros(1, 8, 2, 16)
+    for causal in (False, True):
+        options = Options("kvcache", causal=causal)
+        assert normalize.problem(Tensors(q, k, k), options).spec.rotary_moving == causal
+
+
+def test_a_bound_of_dense_queries_is_checked_and_not_needed() -> None:
+    assert dense(max_seqlen_q=0).bounds.max_seqlen_q == 3
+    with pytest.raises(ArgumentValueError, match="^max_seqlen_q: expected at least 0"):
+        dense(max_seqlen_q=-1)
 
 
 def test_a_bound_counts_as_it_is_stated_there() -> None:

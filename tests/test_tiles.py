@@ -303,6 +303,26 @@ def test_latent_tiles(
 
 
 @pytest.mark.parametrize(
+    ("chip", "dtype", "prefill", "decode"),
+    [
+        ("sm_90", torch.bfloat16, "hopper", "hopper"),
+        ("sm_90", torch.float8_e4m3fn, "hopper", "hopper"),
+        ("sm_90", torch.float32, "nvidia float32", "nvidia float32"),
+        ("sm_100", torch.float16, "blackwell", "blackwell"),
+        ("sm_120", torch.float16, "ampere", "ampere"),
+        ("sm_80", torch.float8_e4m3fn, "ampere float8", "ampere"),
+        ("gfx942", torch.float8_e5m2, "cdna", "cdna"),
+        ("gfx942", torch.float32, "cdna float32", "cdna float32"),
+        ("gfx1100", torch.float8_e5m2, "rdna", "rdna float8"),
+    ],
+)
+def test_tables_of_a_chip(chip: str, dtype: torch.dtype, prefill: str, decode: str) -> None:
+    problem = replace(spec(torch.float16, 64, 64), kv_dtype=dtype)
+    assert tiles._choices(tiles._PREFILL, problem, CHIPS[chip]) is tiles._PREFILL[prefill]
+    assert tiles._choices(tiles._DECODE, problem, CHIPS[chip]) is tiles._DECODE[decode]
+
+
+@pytest.mark.parametrize(
     ("sms", "heads", "batch", "programs"),
     [
         (10, 9, 1, 9),  # a tenth idle, and no more
