@@ -207,7 +207,7 @@ def test_one_causal_query_has_a_position_of_its_own() -> None:
 
 def test_a_bound_of_dense_queries_is_checked_and_not_needed() -> None:
     assert dense(max_seqlen_q=0).bounds.max_seqlen_q == 3
-    with pytest.raises(ArgumentValueError, match="^max_seqlen_q: expected at least 0"):
+    with pytest.raises(ArgumentValueError, match=r"^max_seqlen_q: expected at least 0"):
         dense(max_seqlen_q=-1)
 
 
