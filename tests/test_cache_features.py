@@ -298,6 +298,8 @@ def test_the_schedule_counts_new_keys_padding_and_chunks() -> None:
 
 def test_a_target_that_does_not_exist_is_dropped() -> None:
     Call(new=(30, 30, 30)).check()  # 40 + 30 keys, 64 places
+    for paged in (True, False):  # and behind them another sequence's
+        Call(paged=paged, new=(30, 30, 30), rows=(1, 2, 0)).check()
     Call(new=(2, 0, 30), packed_new=True, q_lens=(2, 1, 30), rotary_dim=16).check()
 
 
