@@ -8,6 +8,7 @@ import argparse
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import triton_fa  # noqa: E402  # the checkout's package, wherever this is run from
 from bench.reading import load  # noqa: E402
+from bench.report import geometric_mean, ratio_to  # noqa: E402
+from bench.variants import BASELINE  # noqa: E402
 from triton_fa.env import VARIABLES  # noqa: E402
 
 FUNCTIONS = (
@@ -27,7 +30,9 @@ FUNCTIONS = (
     "flash_attn_combine",
 )
 
-RESULT = ROOT / "bench" / "results" / "exploratory" / "2026-11-20-h200.json"
+RESULTS = [
+    ROOT / "bench" / "results" / f"2026-11-20-h200-{kind}.json" for kind in ("decode", "prefill")
+]
 TIMES = "\N{MULTIPLICATION SIGN}"
 # What the README calls a row, with × for x, and its name in the result.
 DECODE = {
@@ -37,7 +42,7 @@ DECODE = {
     "64x512 32/8x128": "64x512.32/8x128.p16",
     "256x64 32/8x128": "256x64.32/8x128.p16",
     "16x8192 32/8x128": "16x8192.32/8x128.p16",
-    "64x4096 64/8x64": "64x4096.64/8x64.p64",
+    "64x4096 64/8x64": "64x4096.64/8x64.p16",
     "256…32768 keys, skewed, 32/8x128": "skew32.32/8x128.p16",
     "16x4096 96/96x128": "16x4096.96/96x128.p16",
     "8x4096 64/8x64, 8 query tokens": "8x4096.64/8x64.p16.q8",
@@ -50,6 +55,9 @@ PREFILL = {
     "1x16384 16/8x256 causal": "1x16384.16/8x256",
     "2x8192 32/8x128, pages of 128": "2x8192.32/8x128.p128",
     "2x8192 32/8x128, pages of 16": "2x8192.32/8x128.p16",
+    "8x1024 of 32768 32/8x128": "chunk.8x1024of32768.32/8x128.p64",
+    "4x4096 32/8x160 causal": "4x4096.32/8x160",
+    "1024 of 8192 and 64 decodes": "mixed.4x1024of8192+64x4096.32/8x128.p16",
 }
 
 
@@ -99,25 +107,29 @@ def refused_table() -> str:
     return "\n".join(lines) if len(lines) > 2 else "Nothing is."
 
 
-def performance_table(path: Path = RESULT) -> str:
-    """Ratios of the first block of a copied result that has the row; later blocks are asides."""
-    result = load(path)
-    ratios: dict[str, float] = {}
-    for block in result.blocks:  # those of earlier blocks stay
-        ratios = {name: row["ratio"] for name, row in block.rows.items()} | ratios
+def performance_table(paths: Sequence[Path] = RESULTS) -> str:
+    """Ratios of clean times, medians over bursts, of the rows that stand for the rest."""
+    rows: dict[str, float] = {}
+    averages = []
+    for path in paths:
+        result = load(path)
+        ratios = {m.row.name: ratio_to(m, "triton", "clean", BASELINE) for m in result.measurements}
+        found = {name: ratio for name, ratio in ratios.items() if ratio}
+        averages.append(geometric_mean(found.values()))
+        rows |= found
     where = result.environment
+    decode, prefill = (f"{average:.2f}" for average in averages)
     lines = [
         f"One {where['gpu']}, bf16, Triton {where['triton']}, beside FlashAttention-3",
-        f"({where['fa3']} with its own metadata) in one process; above 1 is faster than FA3.",
-        "Copied by hand from exploratory runs over several commits",
-        "([data](bench/results/README.md)), wins and losses alike: leads. A full run on one",
-        "commit is still to be made.",
+        "(sglang-kernel 0.4.2 with its own metadata) in one process;",
+        "above 1 is faster than FA3. Geometric means over all rows, wins and losses alike: decode",
+        f"{decode}, prefill {prefill} ([data and page](bench/results/README.md)).",
         "",
         "| decode (batchxkeys, heads q/kvxdim) | ratio | | prefill | ratio |".replace("x", TIMES),
         "|---|---|---|---|---|",
     ]
     for pair in zip_longest(DECODE.items(), PREFILL.items()):
-        cells = [f"{r[0].replace('x', TIMES)} | {ratios[r[1]]:.2f}" if r else "|" for r in pair]
+        cells = [f"{r[0].replace('x', TIMES)} | {rows[r[1]]:.2f}" if r else "|" for r in pair]
         lines.append(f"| {' | | '.join(cells)} |")
     return "\n".join(lines)
 

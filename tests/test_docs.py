@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -92,14 +93,18 @@ def test_the_refused_table_follows_the_docstrings() -> None:
 def test_the_performance_table_is_what_the_committed_result_says(tmp_path: Path) -> None:
     made, text = tables(), README.read_text()
     block = text.partition("<!-- performance:begin -->")[2].partition("<!-- performance:end -->")[0]
-    result = made.RESULT.read_text()
     shown = re.findall(r"\| (\d+\.\d\d) \|", block)
     assert len(shown) == len(made.DECODE) + len(made.PREFILL)
-    recorded = re.findall(r'"ratio": (\d+\.\d+)', result)
-    assert {*map(float, shown)} <= {*map(float, recorded)}
-    changed = tmp_path / "result.json"
-    changed.write_text(result.replace('"ratio": 0.66', '"ratio": 0.67'))
-    assert made.performance_table(changed) == block.strip().replace("| 0.66 |", "| 0.67 |")
+    changed = []
+    for path in made.RESULTS:
+        result = json.loads(path.read_text())
+        for row in result["rows"]:  # all of ours twice as quick
+            times = row["variants"]["triton"]
+            times["clean_us"] = [us / 2 for us in times["clean_us"]]
+        changed.append(tmp_path / path.name)
+        changed[-1].write_text(json.dumps(result))
+    other = re.findall(r"\| (\d+\.\d\d) \|", made.performance_table(changed) + "\n")
+    assert [float(x) for x in other] == pytest.approx([2 * float(x) for x in shown], abs=0.02)
 
 
 def headings(path: Path) -> set[str]:
