@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from triton_fa.api import flash_attn_with_kvcache, get_scheduler_metadata
+
+MOST_TOKENS = 1 << 14
+"""Of a warm-up call, beyond its bound: no kernel depends on more."""
 
 Variant = tuple[int, int]
 """(batch, max_seqlen_q) of a call that stands for all calls that compile to the same kernels."""
@@ -40,7 +44,7 @@ def _batches(most: int) -> list[int]:
 
 def _query_bounds(wanted: Sequence[int], group: int) -> list[int]:
     """The bounds asked for, and the smaller ones that a call with few tokens comes down to."""
-    short = [1 << i for i in range(7) if group << i <= 64]
+    short = [1 << i for i in range(7) if group << i <= 64] + [64]
     return sorted({*wanted, *(s for s in short if s <= max(wanted, default=0))})
 
 
@@ -72,10 +76,11 @@ def warmup(
     """Compile what calls of ver="triton" on a paged cache with these settings will run.
 
     Runs small calls on tensors of its own, with `cu_seqlens_q` as engines pass it. Later calls of
-    that form compile nothing. There is one call for each pair of a batch size, about two for every
-    power of two up to `max_batch` (16 for 256), and a query bound: those given and the powers of
-    two below the largest that leave at most 64 query rows a kv head (1, 2, 4, … 16 in a model of 4
-    query heads each). Most find their kernels compiled by an earlier one.
+    that form compile nothing. There is a variant for each pair of a batch size, about two for every
+    power of two up to `max_batch` (16 for 256), and a query bound: those given, 64, and the powers
+    of two below the largest that leave at most 64 query rows a kv head (1, 2, 4, … 16 in a model of
+    4 query heads each). Each is some calls: several numbers of tokens, with metadata and without.
+    Most find their kernels compiled by an earlier one.
 
     Args:
         num_heads_q: Query heads.
@@ -121,6 +126,15 @@ def warmup(
     return done
 
 
+def _tokens(batch: int, most: int) -> list[int]:
+    """Numbers of query tokens that lead to kernels of their own: how far `most` overstates.
+
+    Whatever they are, the lengths say that there is one for each sequence.
+    """
+    means = [1 << i for i in range(most.bit_length()) if batch << i <= MOST_TOKENS]
+    return sorted({max(batch * mean, most) for mean in means} | {max(batch, most)})
+
+
 def run_variant(model: Model, variant: Variant) -> Variant:
     """Compile the kernels of one variant."""
     batch, most = variant
@@ -131,9 +145,6 @@ def run_variant(model: Model, variant: Variant) -> Variant:
     lengths = torch.ones(batch, dtype=torch.int32, device=where)
     width = -(-model.max_seqlen_k // model.page_size)
     table = torch.zeros(batch, width, dtype=torch.int32, device=where)
-    # Few tokens, whatever the bound: lengths say how many there are.
-    tokens = max(batch, most)
-    q = torch.zeros(tokens, model.num_heads_q, model.head_dim, dtype=dtype, device=where)
     cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=where)
     metadata = get_scheduler_metadata(
         batch,
@@ -152,20 +163,22 @@ def run_variant(model: Model, variant: Variant) -> Variant:
         has_softcap=model.softcap > 0,
         ver="triton",
     )
-    flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens=lengths,
-        page_table=table,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=most,
-        causal=model.causal,
-        window_size=model.window_size,
-        softcap=model.softcap,
-        sinks=torch.zeros(model.num_heads_q, dtype=dtype, device=where) if model.sinks else None,
-        return_softmax_lse=model.return_softmax_lse,
-        scheduler_metadata=metadata,
-        ver="triton",
-    )
+    sinks = torch.zeros(model.num_heads_q, dtype=dtype, device=where) if model.sinks else None
+    for tokens, plan in product(_tokens(batch, most), (metadata, None)):
+        flash_attn_with_kvcache(
+            torch.zeros(tokens, model.num_heads_q, model.head_dim, dtype=dtype, device=where),
+            k_cache,
+            v_cache,
+            cache_seqlens=lengths,
+            page_table=table,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=most,
+            causal=model.causal,
+            window_size=model.window_size,
+            softcap=model.softcap,
+            sinks=sinks,
+            return_softmax_lse=model.return_softmax_lse,
+            scheduler_metadata=plan,
+            ver="triton",
+        )
     return variant
