@@ -302,7 +302,7 @@ def test_the_function_reports_progress(device: str) -> None:
 def test_how_many_variants_there_are() -> None:
     """What the docstring says."""
     assert len(warm.variants(4, 256, (1,))) == 16
-    assert {most for _, most in warm.variants(4, 1, (2048,))} == {1, 2, 4, 8, 16, 2048}
+    assert {most for _, most in warm.variants(4, 1, (2048,))} == {1, 2, 4, 8, 16, 64, 2048}
 
 
 # ---------------------------------------------------------------- tune

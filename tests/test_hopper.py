@@ -380,7 +380,7 @@ H200 = DeviceFacts("cuda", (9, 0), 132, 227 << 10)
     ("changes", "reason"),
     [
         ({}, None),
-        ({"head_dim": 80, "head_dim_v": 80}, "head dims 80, 80"),
+        ({"head_dim": 112, "head_dim_v": 112}, "head dims 112, 112"),
         ({"dtype": "float32"}, "torch.float32"),
         ({"softmax_scale": -1.0}, "softmax_scale < 0"),
         ({"page_size": 4, "kv_layout": "paged"}, "not a multiple of 8"),

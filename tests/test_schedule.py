@@ -103,8 +103,8 @@ def test_sums_go_on_from_block_to_block(fresh: pytest.MonkeyPatch) -> None:
     prefix = torch.tensor([0, *queries]).cumsum(0).int()
     metadata = _metadata(queries, cu_seqlens_q=prefix, max_seqlen_q=200, num_heads_k=8)
     decode, _, order, rows = _segments(metadata)
-    decode_tiles = [1 if n > 64 else max(1, -(-n // BLOCK_N)) for n in queries]
-    row_tiles = [-(-n // BLOCK_M) if n > 64 else 0 for n in queries]
+    decode_tiles = [1 if n > 16 else max(1, -(-n // BLOCK_N)) for n in queries]
+    row_tiles = [-(-n // BLOCK_M) if n > 16 else 0 for n in queries]
     assert order[:11] == list(range(11))
     assert decode[:11] == list(itertools.accumulate(decode_tiles))
     assert rows[:11] == list(itertools.accumulate(row_tiles))

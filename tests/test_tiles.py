@@ -277,7 +277,7 @@ def test_ranges_end_where_equal_sequences_do() -> None:
 
 LATENT_TILES = [
     # chip, dtype, rows, whether values alone are scored; keys, warps, stages
-    ("sm_90", torch.bfloat16, 16, False, (64, 4, 2)),
+    ("sm_90", torch.bfloat16, 16, False, (64, 8, 3)),
     ("sm_90", torch.bfloat16, 32, False, (64, 8, 2)),
     ("sm_90", torch.float32, 16, False, (32, 4, 2)),
     ("sm_90", torch.float32, 32, False, (32, 8, 1)),
@@ -306,7 +306,7 @@ def test_latent_tiles(
     ("chip", "dtype", "prefill", "decode"),
     [
         ("sm_90", torch.bfloat16, "hopper", "hopper"),
-        ("sm_90", torch.float8_e4m3fn, "hopper", "hopper"),
+        ("sm_90", torch.float8_e4m3fn, "hopper", "hopper float8"),
         ("sm_90", torch.float32, "nvidia float32", "nvidia float32"),
         ("sm_100", torch.float16, "blackwell", "blackwell"),
         ("sm_120", torch.float16, "ampere", "ampere"),
@@ -425,7 +425,7 @@ def test_a_tile_may_fill_the_memory() -> None:
     assert first in tiles._prefill_grid(problem, just)
     assert first not in tiles._prefill_grid(problem, less)
     decode = tiles.DecodeTile(128, 4, 3, 2)
-    just = replace(H200, shared_memory=2048 + 2 * 3 * (2 * 128 + 16) * 16 * 2)
+    just = replace(H200, shared_memory=2048 + 2 * (2 * 2 * 128 + 4 * 16) * 16 * 2)
     less = replace(just, shared_memory=just.shared_memory - 1)
     assert decode_tile(problem, just, 16) == decode
     assert decode_tile(problem, less, 16) != decode
@@ -437,7 +437,7 @@ def test_a_tile_may_fill_the_memory() -> None:
     ("rows", "itemsize", "expected"),
     [
         # rows of keys, values and q in two stages; operands staged; times the bytes of a row
-        (32, 2, (2 * (128 + 32)) * 128 * 2),
+        (32, 2, (128 + 3 * 32) * 128 * 2),
         (64, 2, (2 * (128 + 64) + 128) * 128 * 2),
         (128, 2, (2 * (128 + 128) + 128 + 128) * 128 * 2),
         (64, 4, (2 * (128 + 64)) * 128 * 4),

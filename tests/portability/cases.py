@@ -233,7 +233,7 @@ TILES = {
     f"decode-{dim}-rows-{rows}": decode(group=rows, dim=dim)
     for dim in (16, 32, 64, 80, 96, 128, 160, 192, 256)
     for rows in (1, 16, 32, 64, 128)
-    if dim in (16, 64, 128, 256) or rows in (1, 64, 128)
+    if dim in (16, 64, 128, 256) or rows in (1, 32, 64, 128)
 }
 TILES |= {
     f"decode-{dim}-rows-{rows}-float32": decode(group=rows, dim=dim, dtype=F32)
