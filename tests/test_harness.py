@@ -1370,8 +1370,8 @@ def test_judging_again_leaves_the_recorded_run_as_it_is(tmp_path: Path) -> None:
     recorded = ROOT / "parity_tests" / "results" / "2026-11-20-h200.json"
     copy = tmp_path / "run.json"
     data = json.loads(recorded.read_text())
-    failed = next(o for o in data["outcomes"] if o["ver"] == "3" and o["verdict"] == "agrees")
-    failed |= {"verdict": "failed", "failure": True, "reasons": ["made up"]}
+    failed = next(o for o in data["outcomes"] if o["ver"] == "3" and not o["launched"])
+    failed |= {"verdict": "failed", "failure": True, "reasons": ["made up"], "launched": True}
     recorded = tmp_path / "recorded.json"
     recorded.write_text(json.dumps(data))
     copy.write_bytes(recorded.read_bytes())
