@@ -582,6 +582,37 @@ def test_fa3_gets_a_chunk_as_an_int(
         assert not fake.last["attention_chunk"]
 
 
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
+def test_fa3_is_not_given_what_its_copies_cannot_read(fake: Fake, name: str) -> None:
+    given = paged()
+    wide = torch.zeros(*given[name].shape[:-1], 20, dtype=torch.float16)
+    with pytest.raises(UnsupportedError) as caught:
+        KVCACHE(**given | {name: wide[..., :16]}, ver=3)
+    assert [text[:10] for text in caught.value.reasons] == [f"{name[0]}: strides"]
+    shifted = torch.zeros(given[name].numel() + 1, dtype=torch.float16)[1:]
+    with pytest.raises(UnsupportedError, match="an address of 2 past 16"):
+        KVCACHE(**given | {name: shifted.view(given[name].shape)}, ver=3)
+    assert not fake.calls
+
+
+def test_fa3_strides_of_single_rows_are_nobodys_business(fake: Fake) -> None:
+    given = dense()
+    single = torch.zeros(1, 3, 4, 16, dtype=torch.float16).as_strided((1, 3, 4, 16), (3, 64, 16, 1))
+    DENSE(single, given["k"][:1], given["v"][:1], ver=3)
+    assert fake.last["q"] is single
+
+
+@pytest.mark.parametrize(("stated", "passed"), [(9, 5), (5, 5), (4, 2)])
+def test_fa3_turns_by_the_bound_that_was_stated(fake: Fake, stated: int, passed: int) -> None:
+    """A window that reaches over all of q, but not over the bound, still moves the positions."""
+    given = appending(window_size=(-1, 3), causal=False)
+    q, batch = given.pop("q"), given["k"].shape[0]
+    flat = q.flatten(0, 1)
+    prefix = torch.arange(batch + 1, dtype=torch.int32) * q.shape[1]
+    KVCACHE(flat, **given, cu_seqlens_q=prefix, max_seqlen_q=stated, ver=3)
+    assert fake.last["max_seqlen_q"] == passed
+
+
 def test_fa3_without_anything_to_do_it_with_is_not_asked_to_append_or_rotate(fake: Fake) -> None:
     with pytest.raises(UnsupportedError, match="k: nothing is appended where q has no token"):
         KVCACHE(**appending(q=half(2, 0, 4, 16)), ver=3)

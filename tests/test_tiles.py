@@ -684,3 +684,22 @@ def test_a_call_runs_with_the_measured_tile_and_looks_once(
     assert seen == 1
     call()
     assert len(reads) == seen
+
+
+def test_float8_keys_are_staged_as_bytes_and_once_converted() -> None:
+    tile = tiles.DecodeTile(128, 4, 3, 2)
+    assert tiles._decode_bytes(tile, 16, 128, 2, 1) == 2 * 114688  # 110616 each were compiled
+    made = replace(spec(torch.bfloat16, 128, 128), kv_dtype=torch.float8_e4m3fn)
+    assert decode_tile(made, H200, 16) == tile
+
+
+@pytest.mark.parametrize(
+    ("most", "mean", "expected"),
+    [(64, 4, 16), (64, 17, 64), (32, 32, 32), (32, 4, 16), (16, 1, 16), (200, 4, 16)],
+)
+def test_a_bound_far_above_the_mean_does_not_widen_the_tile(
+    most: int, mean: int, expected: int
+) -> None:
+    made = replace(spec(torch.bfloat16, 128, 128), query_layout="packed", num_heads_q=8)
+    found = plans.decode_rows(made, H200, most, varlen_q=False, mean_rows=mean)
+    assert found == expected

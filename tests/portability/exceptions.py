@@ -46,6 +46,13 @@ EXCEPTIONS = (
         "decode_kernel",
     ),
     Exempt(
+        "float8 without hardware for it: 64 keys a tile stay in registers, and took 185 µs for 167 "
+        "(e5m2, docs/log.md)",
+        "sm_90",
+        "decode-(e5m2|e4m3fnuz|e5m2fnuz)",
+        "decode_kernel",
+    ),
+    Exempt(
         "its programs stay, so that all of it is within a loop; loops over key tiles without a "
         "mask are clean, which tests/test_hopper.py checks",
         "sm_90",

@@ -179,7 +179,8 @@ def _misaligned(tensors: Tensors) -> list[str]:
     for name in ("q", "k", "v"):
         tensor = getattr(tensors, name)
         size = tensor.element_size()
-        if tensor.data_ptr() % 16 or any(s * size % 16 for s in tensor.stride()[:-1]):
+        strides = zip(tensor.shape[:-1], tensor.stride(), strict=False)
+        if tensor.data_ptr() % 16 or any(n > 1 and s * size % 16 for n, s in strides):
             reasons.append(
                 f"{name}: strides {tensor.stride()} of {size} bytes at an address of "
                 f"{tensor.data_ptr() % 16} past 16: expected multiples of 16 bytes"
@@ -360,9 +361,8 @@ def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensor
     fixed: dict[str, Any] = {}
     if spec.query_layout == "packed":
         fixed["max_seqlen_q"] = problem.bounds.max_seqlen_q
-        if (
-            spec.rotary_dim and spec.rotary_moving
-        ):  # by the bound as it was stated, which q need not fill
+        if spec.rotary_dim and spec.rotary_moving:
+            # Whether a window hides keys goes by the bound as it was stated, which q need not fill.
             fixed["max_seqlen_q"] = max(problem.bounds.max_seqlen_q, spec.window_right + 2)
     lengths = _same_lengths(problem)
     leftpad = function.spelled("cache_leftpad")
