@@ -257,6 +257,34 @@ def test_strided_and_expanded_factors(ver: str) -> None:
     close(found, case.expected(32**-0.5, factors=[ones, one, across]))
 
 
+def test_factors_of_any_sign(ver: str) -> None:
+    case = Paged((37, 44), (1, 2), (6, 2), (32, 32), kv_dtype=torch.float8_e4m3fn)
+    of = [
+        torch.tensor(x) for x in ([[-0.5, 1], [1, -2]], [[1.5, -1], [0, -1]], [[1.0, 2], [3, -1]])
+    ]
+    given = dict(zip(("q_descale", "k_descale", "v_descale"), of, strict=True))
+    close(case.call(ver, **given), case.expected(32**-0.5, factors=of))
+
+
+@pytest.mark.parametrize("dims", [(24, 40), (32, 32)])
+@pytest.mark.parametrize(("past", "padding"), [(1, 0), (0, 1), (2, 2)])
+def test_float8_rows_at_odd_places(ver: str, dims: Any, past: int, padding: int) -> None:
+    case = Paged((37, 44), (1, 2), (6, 2), dims, kv_dtype=torch.float8_e4m3fn)
+    expected = case.expected(dims[0] ** -0.5)
+
+    def moved(cache: torch.Tensor) -> torch.Tensor:
+        pages, slots, heads, dim = cache.shape
+        wide = torch.empty(cache.numel() + past + pages * slots * heads * padding, dtype=torch.int8)
+        strides = [dim + padding]
+        for n in (heads, slots):
+            strides.insert(0, strides[0] * n)
+        view = wide.view(cache.dtype).to(DEVICE).as_strided(cache.shape, (*strides, 1), past)
+        return view.copy_(cache)
+
+    case.k, case.v = moved(case.k), moved(case.v)
+    close(case.call(ver), expected)
+
+
 def test_factors_of_16_bit_keys_are_not_read(ver: str) -> None:
     case = Paged((37, 44), (1, 2), (6, 2), (32, 32))
     found = case.call(ver, k_descale=torch.full((2, 2), math.nan))

@@ -270,8 +270,8 @@ DECODE = (
     Mutant(
         "decode-second-panel-no-rescale",
         "decode.py",
-        "acc1 = dot(weights, v1, acc1 * alpha[:, None], IEEE, INTERPRETED)",
-        "acc1 = dot(weights, v1, acc1, IEEE, INTERPRETED)",
+        "acc1 = dot(weights, values[1], acc1 * alpha[:, None], IEEE, INTERPRETED)",
+        "acc1 = dot(weights, values[1], acc1, IEEE, INTERPRETED)",
         "the second panel of values is not rescaled to a new maximum",
         ("tests/test_kernels.py::test_head_dims[72-8]",),
         blind=True,
@@ -279,8 +279,8 @@ DECODE = (
     Mutant(
         "decode-sum-no-rescale",
         "decode.py",
-        "row_sum = row_sum * alpha + tl.sum(prob, 1)",
-        "row_sum = row_sum + tl.sum(prob, 1)",
+        "row_sum = row_sum * alpha[:, None] + folded(prob, SUMS)",
+        "row_sum = row_sum + folded(prob, SUMS)",
         "the row sum is not rescaled to a new maximum",
         ("tests/test_kernels.py::test_any_number_of_programs[False-4]",),
         blind=True,

@@ -39,13 +39,16 @@ from triton_fa.kernels.primitives import (
     dot,
     finish,
     from_fp8,
+    joined,
     largest,
     masked_by,
     page_ids,
+    parted,
     power_above,
     scored_by,
     seen_keys,
     softcapped,
+    split_fp8,
 )
 
 
@@ -58,6 +61,57 @@ def load_panel(base_ptr, offsets, dims, dim_size, MASKED: tl.constexpr):
         )
     else:
         return tl.load(base_ptr + offsets[:, None] + dims[None, :])
+
+
+@triton.jit
+def load_panels(
+    base_ptr,
+    offsets,
+    dims,
+    DIM: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """The panels of rows `offsets`: one, or two where P1 is not 0.
+
+    Of float8 numbers, which are the even and the odd columns. Two of them are loaded as 16 bits;
+    bytes are put together here where an odd stride or address lets nothing wider be loaded.
+    """
+    if FORMAT == "":
+        panel0 = load_panel(base_ptr, offsets, dims[0], DIM, P1 == 0 and P0 != DIM)
+        if P1 > 0:
+            return panel0, load_panel(base_ptr, offsets, dims[1], DIM, P0 + P1 != DIM)
+        else:
+            return (panel0,)
+    else:
+        pairs = tl.arange(0, P0)
+        if base_ptr.dtype.element_ty == tl.int16:
+            both = load_panel(base_ptr, offsets, pairs, DIM // 2, 2 * P0 != DIM)
+        else:
+            low = load_panel(base_ptr, offsets, 2 * pairs, DIM, 2 * P0 != DIM)
+            high = load_panel(base_ptr, offsets, 2 * pairs + 1, DIM, 2 * P0 != DIM)
+            both = low.to(tl.int16) | high.to(tl.int16) << 8
+        return split_fp8(both, FORMAT, HARDWARE)
+
+
+@triton.jit
+def descale(tensor, seq_idx, head):
+    """What float8 numbers of a sequence and kv head are multiplied by; 1 where nothing was given.
+
+    `tensor` is (pointer, batch stride, head stride).
+    """
+    if tensor[0] is None:
+        return 1.0
+    else:
+        return tl.load(tensor[0] + seq_idx.to(tl.int64) * tensor[1] + head * tensor[2])
+
+
+@triton.jit
+def folded(x, COLUMNS: tl.constexpr):
+    """[rows, columns] summed to as many columns."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // COLUMNS, COLUMNS]), 1)
 
 
 @triton.jit
@@ -162,6 +216,7 @@ def decode_kernel(
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
@@ -176,8 +231,7 @@ def decode_kernel(
     MASK_MOD: tl.constexpr,
     Q_FORMAT: tl.constexpr,
     KEY_FORMAT: tl.constexpr,
-    K_FROM_FP8: tl.constexpr,
-    V_FROM_FP8: tl.constexpr,
+    FP8_HARDWARE: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -192,7 +246,9 @@ def decode_kernel(
     HAS_QV: tl.constexpr = qv_ptr is not None
     HAS_K: tl.constexpr = not ONLY_QV
     # bfloat16 queries beside float8 keys are computed with as float16.
-    DIVIDES: tl.constexpr = KEY_FORMAT != "" and q_ptr.dtype.element_ty == tl.bfloat16
+    PAIRS: tl.constexpr = KEY_FORMAT != ""
+    DIVIDES: tl.constexpr = PAIRS and q_ptr.dtype.element_ty == tl.bfloat16
+    HOLDS_Q: tl.constexpr = PAIRS and not HAS_QV
     HAS_MODS: tl.constexpr = SCORE_MOD is not None or MASK_MOD is not None
     COUNTS_PADDING: tl.constexpr = ATTENTION_CHUNKED or HAS_MODS
     IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
@@ -215,6 +271,9 @@ def decode_kernel(
         leftpad_ptr,
     )
     windows = (window_left, window_right, attention_chunk)
+    q_descales = (q_descale_ptr, q_descale_stride_b, q_descale_stride_h)
+    k_descales = (k_descale_ptr, k_descale_stride_b, k_descale_stride_h)
+    v_descales = (v_descale_ptr, v_descale_stride_b, v_descale_stride_h)
     # Row maximum (base 2) and row sum of every partial result.
     if part_ptr is not None:
         part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * (V0 + V1))
@@ -273,10 +332,16 @@ def decode_kernel(
         cols = tl.arange(0, BLOCK_N)
         dims0 = tl.arange(0, D0)
         vdims0 = tl.arange(0, V0)
-        if D1 > 0:
-            dims1 = D0 + tl.arange(0, D1)
-        if V1 > 0:
-            vdims1 = V0 + tl.arange(0, V1)
+        if PAIRS:
+            dims0 = 2 * dims0
+            dims1 = dims0 + 1
+            vdims0 = 2 * vdims0
+            vdims1 = vdims0 + 1
+        else:
+            dims1 = D0 + tl.arange(0, max(D1, 1))
+            vdims1 = V0 + tl.arange(0, max(V1, 1))
+        dims = (dims0, dims1)
+        vdims = (vdims0, vdims1)
         q_rows = token.to(tl.int64) * q_stride_t + (rows % GROUP).to(tl.int64) * q_stride_h
         if HAS_QV:
             qv_rows = token.to(tl.int64) * qv_stride_t + (rows % GROUP).to(tl.int64) * qv_stride_h
@@ -315,10 +380,13 @@ def decode_kernel(
         # Whether the tiles since the last result began with the sequence's first.
         whole = (tile == 0).to(tl.int32)
         row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        row_sum = tl.zeros([BLOCK_M, SUMS], tl.float32)
         acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
         if V1 > 0:
             acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+        if HOLDS_Q:
+            held_q = tl.zeros([BLOCK_M, D0], tl.int32)
+            held_scale = tl.zeros([BLOCK_M], tl.float32)
         for step in tl.range(0, count):
             # Where the next tile is, and its page numbers: one iteration ahead of its K and V.
             last = tile + 1 >= num_tiles
@@ -394,7 +462,24 @@ def decode_kernel(
             else:
                 v_rows = page.to(tl.int64) * v_stride_b + slot_in_page * v_stride_t
             raw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            if HAS_K:
+            if HOLDS_Q:
+                if (step == 0) | (tile == 0):
+                    even = load_queries(q_base, q_rows, dims0, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
+                    odd = load_queries(q_base, q_rows, dims1, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
+                    factor = descale(q_descales, seq_idx, head) * descale(k_descales, seq_idx, head)
+                    if DIVIDES:
+                        power = power_above(tl.maximum(largest(even), largest(odd)))
+                        even = divided(even, power)
+                        odd = divided(odd, power)
+                        factor *= power
+                    factor = tl.zeros([BLOCK_M], tl.float32) + factor * scale_log2
+                    turned = (factor < 0)[:, None]
+                    even = tl.where(turned, -even, even)
+                    odd = tl.where(turned, -odd, odd)
+                    held_q = joined(even.to(tl.float16), odd.to(tl.float16))
+                    held_scale = tl.maximum(tl.abs(factor), 1e-30)
+                q0, q1 = parted(held_q, FP8_HARDWARE)
+            elif HAS_K:
                 q0 = load_queries(q_base, q_rows, dims0, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
                 if D1 > 0:
                     q1 = load_queries(q_base, q_rows, dims1, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
@@ -408,8 +493,12 @@ def decode_kernel(
                 qv0 = load_queries(qv_base, qv_rows, vdims0, row_mask, HEAD_DIM_V, "", NEGATE)
                 if V1 > 0:
                     qv1 = load_queries(qv_base, qv_rows, vdims1, row_mask, HEAD_DIM_V, "", NEGATE)
+            row_scale = scale_log2
             scale = scale_log2
-            if DIVIDES:
+            if HOLDS_Q:
+                row_scale = held_scale
+                scale = row_scale[:, None]
+            elif DIVIDES:
                 top = tl.zeros([BLOCK_M], tl.float32)
                 if HAS_K:
                     top = tl.maximum(top, largest(q0))
@@ -428,40 +517,30 @@ def decode_kernel(
                     qv0 = divided(qv0, power)
                     if V1 > 0:
                         qv1 = divided(qv1, power)
-                scale = (scale_log2 * power)[:, None]
+                row_scale = scale_log2 * power
+                scale = row_scale[:, None]
             if HAS_K:
-                k0 = load_panel(k_base, k_rows, dims0, HEAD_DIM, D1 == 0 and D0 != HEAD_DIM)
-                k0 = from_fp8(k0, KEY_FORMAT, K_FROM_FP8)
-                raw = dot(q0, k0.T, raw, IEEE, INTERPRETED)
+                keys = load_panels(k_base, k_rows, dims, HEAD_DIM, D0, D1, KEY_FORMAT, FP8_HARDWARE)
+                raw = dot(q0, keys[0].T, raw, IEEE, INTERPRETED)
                 if D1 > 0:
-                    k1 = load_panel(k_base, k_rows, dims1, HEAD_DIM, D0 + D1 != HEAD_DIM)
-                    k1 = from_fp8(k1, KEY_FORMAT, K_FROM_FP8)
-                    raw = dot(q1, k1.T, raw, IEEE, INTERPRETED)
-            if q_descale_ptr is not None:
-                place = seq_idx.to(tl.int64) * q_descale_stride_b + head * q_descale_stride_h
-                raw *= tl.load(q_descale_ptr + place)
-            if k_descale_ptr is not None:
-                place = seq_idx.to(tl.int64) * k_descale_stride_b + head * k_descale_stride_h
-                raw *= tl.load(k_descale_ptr + place)
-            if v_descale_ptr is not None:
-                place = seq_idx.to(tl.int64) * v_descale_stride_b + head * v_descale_stride_h
-                v_factor = tl.load(v_descale_ptr + place)
+                    raw = dot(q1, keys[1].T, raw, IEEE, INTERPRETED)
+            if PAIRS and HAS_QV:
+                raw *= descale(q_descales, seq_idx, head) * descale(k_descales, seq_idx, head)
             if HAS_QV:
-                v0 = load_panel(v_base, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
-                v0 = from_fp8(v0, KEY_FORMAT, V_FROM_FP8)
-                if V1 > 0:
-                    v1 = load_panel(v_base, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
-                    v1 = from_fp8(v1, KEY_FORMAT, V_FROM_FP8)
+                values = load_panels(
+                    v_base, v_rows, vdims, HEAD_DIM_V, V0, V1, KEY_FORMAT, FP8_HARDWARE
+                )
                 if v_descale_ptr is not None:
+                    v_factor = descale(v_descales, seq_idx, head)
                     by_values = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-                    by_values = dot(qv0, v0.T, by_values, IEEE, INTERPRETED)
+                    by_values = dot(qv0, values[0].T, by_values, IEEE, INTERPRETED)
                     if V1 > 0:
-                        by_values = dot(qv1, v1.T, by_values, IEEE, INTERPRETED)
+                        by_values = dot(qv1, values[1].T, by_values, IEEE, INTERPRETED)
                     raw += by_values * v_factor
                 else:
-                    raw = dot(qv0, v0.T, raw, IEEE, INTERPRETED)
+                    raw = dot(qv0, values[0].T, raw, IEEE, INTERPRETED)
                     if V1 > 0:
-                        raw = dot(qv1, v1.T, raw, IEEE, INTERPRETED)
+                        raw = dot(qv1, values[1].T, raw, IEEE, INTERPRETED)
             if HAS_MODS:
                 cells = (
                     seq_idx,
@@ -499,27 +578,20 @@ def decode_kernel(
                 new_max = tl.maximum(row_max, tl.max(raw, 1))
                 prob = tl.exp2(raw - new_max[:, None])
             else:
-                # The scale is positive (the launcher folds a sign into q).
-                if DIVIDES:
-                    raw *= scale
-                    new_max = tl.maximum(row_max, tl.max(raw, 1))
-                    prob = tl.exp2(raw - new_max[:, None])
-                else:
-                    new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
-                    prob = tl.exp2(raw * scale_log2 - new_max[:, None])
+                # The scale is positive (its sign is q's).
+                new_max = tl.maximum(row_max, tl.max(raw, 1) * row_scale)
+                prob = tl.exp2(raw * scale - new_max[:, None])
             alpha = tl.exp2(row_max - new_max)
-            row_sum = row_sum * alpha + tl.sum(prob, 1)
+            row_sum = row_sum * alpha[:, None] + folded(prob, SUMS)
             row_max = new_max
             if not HAS_QV:
-                v0 = load_panel(v_base, v_rows, vdims0, HEAD_DIM_V, V1 == 0 and V0 != HEAD_DIM_V)
-                v0 = from_fp8(v0, KEY_FORMAT, V_FROM_FP8)
-            weights = prob.to(v0.dtype)
-            acc0 = dot(weights, v0, acc0 * alpha[:, None], IEEE, INTERPRETED)
+                values = load_panels(
+                    v_base, v_rows, vdims, HEAD_DIM_V, V0, V1, KEY_FORMAT, FP8_HARDWARE
+                )
+            weights = prob.to(values[0].dtype)
+            acc0 = dot(weights, values[0], acc0 * alpha[:, None], IEEE, INTERPRETED)
             if V1 > 0:
-                if not HAS_QV:
-                    v1 = load_panel(v_base, v_rows, vdims1, HEAD_DIM_V, V0 + V1 != HEAD_DIM_V)
-                    v1 = from_fp8(v1, KEY_FORMAT, V_FROM_FP8)
-                acc1 = dot(weights, v1, acc1 * alpha[:, None], IEEE, INTERPRETED)
+                acc1 = dot(weights, values[1], acc1 * alpha[:, None], IEEE, INTERPRETED)
             if CHUNKED:
                 done = last | ((tile + 1) % chunk == 0)
                 direct = num_tiles <= chunk
@@ -531,7 +603,9 @@ def decode_kernel(
                 direct = last & (whole == 1)
                 target = slot + whole
             if done:
+                total = tl.sum(row_sum, 1)
                 if v_descale_ptr is not None:
+                    v_factor = descale(v_descales, seq_idx, head)
                     acc0 *= v_factor
                     if V1 > 0:
                         acc1 *= v_factor
@@ -539,11 +613,11 @@ def decode_kernel(
                     if HAS_SINK:
                         sink = tl.load(sinks_ptr + head * GROUP + rows % GROUP)
                         sink = sink.to(tl.float32) * LOG2E
-                        factor, lse = finish(row_max, row_sum, sink, True)
+                        factor, lse = finish(row_max, total, sink, True)
                     else:
-                        factor, lse = finish(row_max, row_sum, 0.0, False)
+                        factor, lse = finish(row_max, total, 0.0, False)
                     # 0 times the NaN of an unused slot is not 0.
-                    live = (row_sum > 0)[:, None]
+                    live = (total > 0)[:, None]
                     out_row = (
                         seq_idx.to(tl.int64) * out_stride_b
                         + (first_q + token).to(tl.int64) * out_stride_t
@@ -577,9 +651,9 @@ def decode_kernel(
                     if V1 > 0:
                         tl.store(part_base + vdims1[None, :], acc1, mask=keep_row[:, None])
                     tl.store(part_stat_ptr + part_row * 2, row_max, mask=keep_row)
-                    tl.store(part_stat_ptr + part_row * 2 + 1, row_sum, mask=keep_row)
+                    tl.store(part_stat_ptr + part_row * 2 + 1, total, mask=keep_row)
                 row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-                row_sum = tl.zeros([BLOCK_M], tl.float32)
+                row_sum = tl.zeros([BLOCK_M, SUMS], tl.float32)
                 acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
                 if V1 > 0:
                     acc1 = tl.zeros([BLOCK_M, V1], tl.float32)

@@ -156,5 +156,6 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.uint8: "u8",
 }

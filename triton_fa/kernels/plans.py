@@ -176,6 +176,8 @@ class PlannedLaunch:
     options: dict[str, Any]
     key_box: tuple[int, int, int] | None = None
     """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
+    in_pairs: bool = False
+    """Whether K and V pointers are of 16 bits each for two float8 numbers."""
 
     def indices(self) -> tuple[int, ...]:
         """Places in `call_tensors` of the kernel's leading arguments."""
@@ -190,7 +192,10 @@ class PlannedLaunch:
 
     def _pointer(self, name: str, given: tuple[torch.Tensor | None, ...]) -> Any:
         if name in POINTERS:
-            return _as_bytes(given[POINTERS.index(name)])
+            tensor = given[POINTERS.index(name)]
+            if self.in_pairs and name in ("k_ptr", "v_ptr"):
+                return tensor.view(torch.int16) if tensor is not None else None
+            return _as_bytes(tensor)
         if self.key_box is None:
             return None
         keys, *dims = self.key_box
@@ -381,11 +386,11 @@ def _descale_strides(tensors: Tensors) -> dict[str, int]:
 
 
 def _from_fp8(spec: AttnSpec, device: DeviceFacts) -> dict[str, str]:
-    """How keys and values become float16, see `primitives.from_fp8`."""
-    hardware = device.kind == "cuda" and device.arch >= (8, 9)
-    if spec.kv_dtype != torch.float8_e4m3fn or not hardware or INTERPRETED:
-        return {"K_FROM_FP8": "bits", "V_FROM_FP8": "bits"}
-    return {"K_FROM_FP8": "cast", "V_FROM_FP8": "packed"}
+    """How keys and values become float16, see `primitives.from_fp8` and `split_fp8`."""
+    hardware = device.kind == "cuda" and device.arch >= (8, 9) and not INTERPRETED
+    if spec.kv_dtype != torch.float8_e4m3fn or not hardware:
+        return {"K_FROM_FP8": "bits", "V_FROM_FP8": "bits", "FP8_HARDWARE": hardware}
+    return {"K_FROM_FP8": "cast", "V_FROM_FP8": "packed", "FP8_HARDWARE": hardware}
 
 
 def _windows(spec: AttnSpec, max_seqlen_k: int, max_seqlen_q: int) -> dict[str, int | None]:
@@ -442,8 +447,13 @@ def _decode(
         programs = max(1, programs // lanes) * lanes
         tiles = -(-common["total_k"] // tile.block_n)
         slots = min(most_pieces, -(-tiles // smallest_chunk)) * bounds.batch * lanes
-    d0, d1 = decode_panels(spec.head_dim, rows)
-    v0, v1 = decode_panels(spec.head_dim_v, rows)
+    size = spec.kv_dtype.itemsize
+    d0, d1 = decode_panels(spec.head_dim, rows, size)
+    v0, v1 = decode_panels(spec.head_dim_v, rows, size)
+    paired = size == 1 and _in_pairs(problem.tensors)
+    if paired:
+        strides = [f"{name}_stride_{axis}" for name in "kv" for axis in "bth"]
+        common = common | {name: common[name] // 2 for name in strides}
     # Programmatic dependent launch: the merge starts while the attention kernel still runs.
     pdl = device.kind == "cuda" and device.arch >= (9, 0)
     shared = {
@@ -472,12 +482,14 @@ def _decode(
             V0=v0,
             V1=v1,
             BLOCK_M=max(16, rows),
+            SUMS=min(tile.block_n, (8 if device.kind == "cuda" else 16) * tile.num_warps),
             ONE_TOKEN=bounds.max_seqlen_q == 1,
             SAME_STRIDES=problem.tensors.k.stride() == problem.tensors.v.stride(),
             WIDE_SLOTS=_wide_slots(problem),
             LAZY_MASK=rows > 16 or spec.kv_dtype in FP8_FORMATS,
         ),
         _decode_options(tile, device),
+        in_pairs=paired,
     )
     if most_pieces == 1:
         return (attend,), 0
@@ -526,7 +538,7 @@ def _merge_shape(pieces: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]
     block_p, warps = (16, 1) if pieces <= 16 else (32, 1) if pieces <= 64 else (64, 2)
     if rows > 16 and pieces <= 8:
         block_p = 8
-    width = next_power_of_2(sum(decode_panels(spec.head_dim_v, rows)))
+    width = next_power_of_2(sum(decode_panels(spec.head_dim_v, rows, spec.kv_dtype.itemsize)))
     block_p = min(block_p, 4096 * warps // width)
     return block_p, max(1, min(rows, 4096 * warps // (block_p * width))), warps
 
@@ -699,6 +711,14 @@ def append(problem: Problem, new: Append) -> PlannedLaunch:
         BLOCK_B=_block_b(bounds.batch),
     )
     return PlannedLaunch(append_kernel, (programs, 1, 1), values, {"num_warps": 4})
+
+
+def _in_pairs(tensors: Tensors) -> bool:
+    """Whether every two float8 numbers of a row lie at an even address."""
+    return not any(
+        tensor.data_ptr() % 2 or any(s % 2 for s in tensor.stride()[:-1])
+        for tensor in (tensors.k, tensors.v)
+    )
 
 
 def _as_bytes(tensor: Any) -> Any:

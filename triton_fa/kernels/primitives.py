@@ -214,24 +214,84 @@ def from_fp8(x, FORMAT: tl.constexpr, BY: tl.constexpr):
             pack=4,
         )
     else:
-        # Exponents of 4 bits need another bias; a multiplication also gets subnormals right.
-        wide = x.to(tl.int16)
-        if FORMAT == "e5m2":
-            half = (wide << 8).to(tl.float16, bitcast=True)
-        elif FORMAT == "e5m2fnuz":
-            single = (x.to(tl.int32) & 0x80) << 24 | (x.to(tl.int32) & 0x7F) << 21
-            half = (single.to(tl.float32, bitcast=True) * 2596148429267413814265248164610048.0).to(
-                tl.float16
-            )
-        else:
-            same = ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True)
-            half = same * (256.0 if FORMAT == "e4m3" else 128.0)
-            half = half.to(tl.float16)
-        if FORMAT == "e4m3":
-            half = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
-        elif FORMAT == "e4m3fnuz" or FORMAT == "e5m2fnuz":
-            half = tl.where((wide & 0xFF) == 0x80, float("nan"), half)
-        return half
+        return half_of_byte(x.to(tl.int16) & 0xFF, FORMAT)
+
+
+@triton.jit
+def half_of_byte(wide, FORMAT: tl.constexpr):
+    """float16 of float8 numbers given as 16-bit integers below 256."""
+    # Exponents of 4 bits need another bias; a multiplication also gets subnormals right.
+    if FORMAT == "e5m2":
+        half = (wide << 8).to(tl.float16, bitcast=True)
+    elif FORMAT == "e5m2fnuz":
+        single = (wide.to(tl.int32) & 0x80) << 24 | (wide.to(tl.int32) & 0x7F) << 21
+        half = (single.to(tl.float32, bitcast=True) * 2596148429267413814265248164610048.0).to(
+            tl.float16
+        )
+    else:
+        same = ((wide & 0x80) << 8 | (wide & 0x7F) << 7).to(tl.float16, bitcast=True)
+        half = same * (256.0 if FORMAT == "e4m3" else 128.0)
+        half = half.to(tl.float16)
+    if FORMAT == "e4m3":
+        half = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
+    elif FORMAT == "e4m3fnuz" or FORMAT == "e5m2fnuz":
+        half = tl.where((wide & 0xFF) == 0x80, float("nan"), half)
+    return half
+
+
+@triton.jit
+def split_fp8(x, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """float16 of the float8 numbers in the low and in the high bytes of 16 bits.
+
+    Pairs reach the operands of a product as 16-bit numbers do, values transposed included; single
+    bytes would be gathered one by one.
+    """
+    if HARDWARE and FORMAT == "e4m3":
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 sorted; .reg .b16 even, odd; prmt.b32 sorted, $2, 0, 0x3120;"
+            " mov.b32 {even, odd}, sorted;"
+            " cvt.rn.f16x2.e4m3x2 $0, even; cvt.rn.f16x2.e4m3x2 $1, odd; }",
+            "=r,=r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    elif HARDWARE and FORMAT == "e5m2":
+        return tl.inline_asm_elementwise(
+            "{ prmt.b32 $0, $2, 0, 0x2404; and.b32 $1, $2, 0xff00ff00; }",
+            "=&r,=r,r",
+            [x],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return half_of_byte(x & 0xFF, FORMAT), half_of_byte((x >> 8) & 0xFF, FORMAT)
+
+
+@triton.jit
+def joined(low, high):
+    """Two float16 numbers in 32 bits: a loop hands those on as they are, 16 bits it takes apart."""
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return low | high.to(tl.int16, bitcast=True).to(tl.int32) << 16
+
+
+@triton.jit
+def parted(both, HARDWARE: tl.constexpr):
+    """What `joined` joined."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;",
+            "=&r,=r,r,r",
+            [both],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        low = both.to(tl.int16).to(tl.float16, bitcast=True)
+        return low, (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

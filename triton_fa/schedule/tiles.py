@@ -58,12 +58,15 @@ def panels(dim: int, smallest: int = 16) -> tuple[int, int]:
     return (lower, rest) if lower + rest < whole else (whole, 0)
 
 
-def decode_panels(dim: int, rows: int) -> tuple[int, int]:
-    """The panels of a decode kernel of `rows` rows.
+def decode_panels(dim: int, rows: int, itemsize: int = 2) -> tuple[int, int]:
+    """The panels of a decode kernel of `rows` rows; of float8 numbers the even and odd columns.
 
     From 64 rows on products are wgmma, for which Triton 3.6 reads past the shared memory of a
     panel of 16 (head_dim 72).
     """
+    if itemsize == 1:
+        half = max(32 if rows >= 64 else 16, next_power_of_2(dim // 2))
+        return half, half
     return panels(dim, 64 if rows >= 64 else 16)
 
 
@@ -201,6 +204,7 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (64, 256, DecodeTile(32, 4, 2, 1)),
     ),
     "hopper float8": (
+        (16, 64, DecodeTile(128, 4, 4, 4)),
         (32, 128, DecodeTile(128, 4, 3, 2)),
         (64, 128, DecodeTile(64, 4, 3, 2)),
         (64, 128, DecodeTile(64, 4, 2, 1)),
@@ -229,6 +233,16 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (128, 192, DecodeTile(64, 8, 2, 1)),
         (128, 192, DecodeTile(32, 8, 2, 1)),
         (128, 192, DecodeTile(32, 8, 1, 1)),
+        (64, 256, DecodeTile(32, 8, 2, 1)),
+        (64, 256, DecodeTile(32, 8, 1, 1)),
+    ),
+    "ampere float8": (
+        (16, 64, DecodeTile(128, 4, 3, 2)),
+        (64, 64, DecodeTile(64, 4, 3, 2)),
+        (64, 64, DecodeTile(64, 4, 2, 1)),
+        (32, 256, DecodeTile(64, 4, 2, 1)),
+        (32, 256, DecodeTile(32, 4, 2, 1)),
+        (128, 192, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 1, 1)),
     ),
@@ -270,7 +284,10 @@ No tile is for more rows than a program can hold without spilling: see `decode_f
 
 
 def _decode_dim(spec: AttnSpec, rows: int) -> int:
-    return max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
+    return max(
+        sum(decode_panels(d, rows, spec.kv_dtype.itemsize))
+        for d in (spec.head_dim, spec.head_dim_v)
+    )
 
 
 def _decode_choices(spec: AttnSpec, device: DeviceFacts, rows: int) -> list[DecodeTile]:
@@ -298,7 +315,10 @@ def decode_candidates(spec: AttnSpec, device: DeviceFacts, rows: int) -> tuple[D
 
 
 def _decode_grid(spec: AttnSpec, device: DeviceFacts, rows: int) -> Iterator[DecodeTile]:
-    dim = max(sum(decode_panels(d, rows)) for d in (spec.head_dim, spec.head_dim_v))
+    dim = max(
+        sum(decode_panels(d, rows, spec.kv_dtype.itemsize))
+        for d in (spec.head_dim, spec.head_dim_v)
+    )
     for keys, warps, stages, programs in itertools.product(
         (32, 64, 128), (4, 8), (2, 3, 4), (1, 2, 3)
     ):
@@ -314,14 +334,12 @@ def _decode_bytes(
 ) -> int:
     """Shared memory of all resident programs of a decode tile.
 
-    Keys and values are loaded a stage less ahead, q is there once a stage and once more, and a
-    block of float8 once more as 16 bits; an upper bound of what was compiled. From 64 rows on the
-    operands of wgmma are staged, too.
+    Keys and values are loaded a stage less ahead, q is there once a stage and once more; an upper
+    bound of what was compiled. From 64 rows on the operands of wgmma are staged, too.
     """
     stages, rows = max(1, tile.num_stages), max(16, rows)
     if rows < 64:
         keys = 2 * tile.block_n * max(1, stages - 1) * (key_size or size)
-        keys += tile.block_n * size if key_size == 1 else 0
         return (keys + rows * (stages + 1) * size) * dim * tile.programs_per_sm
     kept = (2 * tile.block_n + rows) * stages
     kept += 2 * tile.block_n if size == 2 else 0
@@ -334,8 +352,12 @@ def latent_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     if device.kind == "cpu":
         return DecodeTile(32, 4, 1, 2)
     size = spec.dtype.itemsize
-    scored = 0 if "only_qv" in spec.features else sum(decode_panels(spec.head_dim, rows))
-    dim = scored + sum(decode_panels(spec.head_dim_v, rows))
+    scored = (
+        0
+        if "only_qv" in spec.features
+        else sum(decode_panels(spec.head_dim, rows, spec.kv_dtype.itemsize))
+    )
+    dim = scored + sum(decode_panels(spec.head_dim_v, rows, spec.kv_dtype.itemsize))
     if device.arch[0] == 9 and rows <= 16:  # measured (docs/log.md)
         tile = DecodeTile(64, 8, 3, 1)
         if (64 * 2 + 16 * 4) * dim * size <= _shared_budget(device):
