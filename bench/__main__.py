@@ -32,7 +32,13 @@ KINDS = (*workloads.CORE, "overhead")
 # Small calls, where the host's share shows, one of each entry point.
 OVERHEAD_ROWS = ("1x1024.32/8x128.p16", "8x512.32/8x128.p16", "16x1024.32/8x128")
 # Imported when asked for: a machine that measures needs no library that draws.
-OTHERS = {"report": "bench.page", "compare": "bench.compare", "first-call": "bench.first_call"}
+OTHERS = {
+    "report": "bench.page",
+    "compare": "bench.compare",
+    "first-call": "bench.first_call",
+    "models": "bench.models",
+    "serving": "bench.serving",
+}
 DEFAULT = "triton,3,4"
 DEFAULTS = {
     # In a step it matters whether layers share a schedule or each makes its own.

@@ -56,8 +56,11 @@ def copies_for(size: int) -> int:
     return max(2, min(CHAIN, -(-ROTATION_BYTES // max(1, size))))
 
 
-def capture(calls: list[Call]) -> torch.cuda.CUDAGraph:
-    """A graph that makes ``calls`` one after the other. They run twice before, to compile."""
+def capture(calls: list[Call], mode: str = "global") -> torch.cuda.CUDAGraph:
+    """A graph that makes ``calls`` one after the other. They run twice before, to compile.
+
+    `mode` is of `torch.cuda.graph`: what other threads, such as those of NCCL, may do meanwhile.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -67,7 +70,7 @@ def capture(calls: list[Call]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         for call in calls:
             call()
     return graph

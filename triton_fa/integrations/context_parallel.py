@@ -7,6 +7,7 @@ nothing of this: their results never meet.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from triton_fa.api import flash_attn_func, flash_attn_with_kvcache
 from triton_fa.errors import ArgumentValueError
 from triton_fa.merge import flash_attn_combine
+
+_ALIGNMENT = 16  # of each part, in bytes
 
 
 def decode(
@@ -126,21 +129,33 @@ def merge_over_ranks(
     Returns:
         The same for the keys of all ranks: the same bits on every rank.
     """
-    outs, lses = (_gathered(part, group) for part in (out, lse))
+    outs, lses = _gathered((out, lse), group)
     merged, merged_lse = flash_attn_combine(
         outs.float(), lses.transpose(-1, -2), out_dtype=out.dtype
     )
     return merged, merged_lse.transpose(-1, -2)
 
 
-def _gathered(part: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """(ranks, ...)."""
+def _gathered(
+    parts: tuple[torch.Tensor, ...], group: dist.ProcessGroup | None
+) -> list[torch.Tensor]:
+    """Each part of all ranks, (ranks, ...): as bytes, because a collective takes one dtype."""
+    ends = list(itertools.accumulate(-(-part.nbytes // _ALIGNMENT) * _ALIGNMENT for part in parts))
+    mine = parts[0].new_empty(ends[-1], dtype=torch.uint8)
+    ranks = dist.get_world_size(group)
+    whole = mine.new_empty(ranks, ends[-1])
+
+    def of(data: torch.Tensor, number: int) -> torch.Tensor:
+        part, begin = parts[number], ends[number - 1] if number else 0
+        values = data[..., begin : begin + part.nbytes].view(part.dtype)
+        return values.view(*data.shape[:-1], *part.shape)
+
+    for number, part in enumerate(parts):
+        of(mine, number).copy_(part)
     # One name since torch 2.13, the other before. Both concatenate.
     gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    ranks = dist.get_world_size(group)
-    whole = part.new_empty(ranks * part.shape[0], *part.shape[1:])
-    gather(whole, part.contiguous(), group)
-    return whole.view(ranks, *part.shape)
+    gather(whole.view(-1), mine, group)
+    return [of(whole, number) for number in range(len(parts))]
 
 
 def _refuse_masks(options: dict[str, Any]) -> None:

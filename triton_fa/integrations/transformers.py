@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -125,6 +125,8 @@ def attention_forward(
         "sinks": s_aux,
         "ver": ver,
     }
+    if _is_span(attention_mask):
+        return _attend_span(q, k, v, attention_mask, options), None
     if attention_mask is not None:
         # Else the queries may be other tokens than the keys, as in cross attention.
         same_tokens = causal or options["window_size"] != (-1, -1)
@@ -144,6 +146,26 @@ def attention_forward(
         )
         return out.unflatten(0, (batch, seqlen_q)), None
     return call("flash_attn_func", q, k, v, **options), None
+
+
+def _is_span(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
+    """Whether it is what `_span` made, in four dimensions so that models hand it on as it is."""
+    return mask is not None and mask.dim() == 4 and mask.dtype == torch.int32
+
+
+def _attend_span(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """Attention against a static cache, whose lengths only the device knows."""
+    lengths = span[:, 0, 0]
+    out: torch.Tensor = call(
+        "flash_attn_with_kvcache",
+        *(q, k, v),
+        cache_seqlens=lengths[:, 0],
+        cache_leftpad=lengths[:, 1] if lengths.shape[1] > 1 else None,
+        **options,
+    )
+    return out
 
 
 def paged_forward(
@@ -242,7 +264,9 @@ def padding_mask(
     """The (batch, seqlen_k) mask of tokens that count, or None if all do.
 
     Causality and windows come with the attention call. Any other pattern is refused here, because
-    this is the only place that transformers shows it.
+    this is the only place that transformers shows it. Of a static cache, whose length is a tensor,
+    it is the keys in use, (batch, 1, 1, 1 or 2) int32: their end, and where they begin if there
+    is padding on the left.
 
     Raises:
         FeatureError: the mask is none that the attention call can say.
@@ -261,6 +285,10 @@ def padding_mask(
                 f"got {full_name}"
             )
         causal = causal or name == "causal_mask_function"
+    if causal and isinstance(q_offset, torch.Tensor):
+        span = _span(batch_size, q_offset + (q_length - kv_offset), attention_mask)
+        if span is not None:
+            return span
     if attention_mask is None:
         used = int(q_offset) + q_length - kv_offset
         if not causal or used >= kv_length:
@@ -272,6 +300,29 @@ def padding_mask(
     if attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
         return None
     return attention_mask
+
+
+def _span(
+    batch_size: int, end: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The keys in use of a static cache, made on the device; None where padding is elsewhere.
+
+    While a graph is captured nothing can be looked at: there the device stops the replay that has
+    padding elsewhere.
+    """
+    ends = end.to(torch.int32).repeat(batch_size)
+    if attention_mask is None:
+        return ends[:, None, None, None]
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    counts = attention_mask.bool() & (positions < end)
+    numbers = counts.sum(1, dtype=torch.int32)
+    begins = ends - numbers
+    on_the_left = (counts == ((positions >= begins[:, None]) & (positions < end))).all()
+    if on_the_left.is_cuda and torch.cuda.is_current_stream_capturing():
+        torch._assert_async(on_the_left, "attention_mask: expected padding on the left only")
+    elif not bool(on_the_left):
+        return None
+    return torch.stack((ends, begins)).t()[:, None, None]
 
 
 def _parts(function: Callable[..., Any] | None) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -296,7 +347,11 @@ def _parts(function: Callable[..., Any] | None) -> Iterator[tuple[str, str, dict
 def _refuse(dropout: float, attention_mask: object, kwargs: Mapping[str, Any]) -> None:
     if dropout:
         raise FeatureError(f"dropout: expected 0, got {dropout}; call model.eval()")
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+    if (
+        isinstance(attention_mask, torch.Tensor)
+        and attention_mask.dim() != 2
+        and not _is_span(attention_mask)
+    ):
         raise FeatureError(
             "attention_mask: expected (batch, seqlen_k) or None, "
             f"got shape {tuple(attention_mask.shape)}"
