@@ -357,6 +357,68 @@ def test_registering_twice() -> None:
     assert before.count("triton_fa") == 1
 
 
+def test_static_cache_with_a_hole_in_the_mask() -> None:
+    """Padding on the right, then more tokens: no run of keys says that."""
+    model = built("llama")
+    ids, mask = padded(3, 9, "right")
+    more = tokens(3, 4)
+
+    def call() -> torch.Tensor:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        model(ids, attention_mask=mask, past_key_values=cache)
+        seen = torch.cat((mask, torch.ones_like(more)), 1)
+        return model(more, attention_mask=seen, past_key_values=cache).logits
+
+    torch.testing.assert_close(*both(model, call), rtol=0, atol=ATOL)
+
+
+def test_the_span_of_a_static_cache() -> None:
+    """Ends and beginnings on the device, in four dimensions, which models hand on."""
+    causal = transformers.masking_utils.causal_mask_function
+    mask = torch.ones(2, 8, dtype=torch.bool)
+    mask[1, :3] = False
+    options: dict[str, Any] = {"q_offset": torch.tensor(5), "mask_function": causal}
+    plain = padding_mask(2, 1, 8, **options)
+    assert plain.dtype == torch.int32
+    assert plain.tolist() == [[[[6]]], [[[6]]]]
+    span = padding_mask(2, 1, 8, attention_mask=mask, **options)
+    assert span.tolist() == [[[[6, 0]]], [[[6, 3]]]]
+    mask[0, 2] = False
+    holes = padding_mask(2, 1, 8, attention_mask=mask, **options)
+    assert torch.equal(holes, mask)
+
+
+def refused_models() -> dict[str, Callable[[], Any]]:
+    t5 = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "num_heads": 4, "num_layers": 1}
+    return {
+        "head_dim": lambda: transformers.LlamaConfig(**COMMON | {"head_dim": 512}),
+        "output_attentions": lambda: transformers.LlamaConfig(**COMMON, output_attentions=True),
+        "relative_attention_num_buckets": lambda: transformers.T5Config(**t5),
+        "index_topk": lambda: transformers.DeepseekV32Config(
+            vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
+        ),
+    }
+
+
+@pytest.mark.parametrize("feature", refused_models())
+def test_a_refused_model_says_so_when_it_is_built(feature: str) -> None:
+    register(ver="triton")
+    config = refused_models()[feature]()
+    with pytest.raises(FeatureError, match=feature), torch.device("meta"):
+        transformers.AutoModel.from_config(config, attn_implementation="triton_fa")
+
+
+def test_a_refused_model_says_so_when_it_is_switched() -> None:
+    register(ver="triton")
+    config = refused_models()["head_dim"]()
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, attn_implementation="eager")
+    with pytest.raises(FeatureError, match="head_dim: expected at most 256, got 512"):
+        model.set_attn_implementation("triton_fa")
+    register(ver="torch")
+    model.set_attn_implementation("triton_fa")  # which takes any
+
+
 def test_ver_reaches_the_call() -> None:
     register(ver="no such backend")
     model = built("llama")

@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
+from triton_fa.integrations import FeatureError, require
+
+require("diffusers", ">=0.42,<1")
+
 from diffusers.models import attention_dispatch
 
-from triton_fa.integrations import FeatureError
 from triton_fa.integrations.padding import attend_padded
 from triton_fa.integrations.torch_library import call
 

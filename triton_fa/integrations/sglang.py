@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import logging
 
+from triton_fa.integrations import require
+
+require("sglang", ">=0.5.11,<0.6")
+
 from sglang.srt.environ import envs
 
 from triton_fa.compat import install

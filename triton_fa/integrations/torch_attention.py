@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from triton_fa.api import flash_attn_func, flash_attn_varlen_func
-from triton_fa.integrations import FeatureError
+from triton_fa.integrations import FeatureError, require
 
 NAME = "triton_fa"
 # The CPU has no such kernel of its own, and calls it for `varlen_attn` alone.
@@ -42,14 +42,10 @@ def register() -> None:
     """Make "triton_fa" known to `torch.nn.attention.activate_flash_attention_impl`.
 
     Raises:
-        ImportError: this PyTorch has no such list; 2.13 has.
+        FrameworkVersionError: this PyTorch has no such list; 2.13 has.
     """
+    require("torch", ">=2.13")
     attention: Any = torch.nn.attention
-    if not hasattr(attention, "register_flash_attention_impl"):
-        raise ImportError(
-            "torch: expected register_flash_attention_impl, as of 2.13, "
-            f"got version {torch.__version__}"
-        )
     attention.register_flash_attention_impl(NAME, register_fn=_Active)
 
 

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from triton_fa.integrations import FeatureError
+from triton_fa.integrations import FeatureError, require
+
+require("transformers", ">=5.17,<6")
+
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
 from triton_fa.integrations.padding import attend_padded
 from triton_fa.integrations.torch_library import call
 
@@ -29,6 +33,13 @@ _KNOWN_MASKS = frozenset(
         "sliding_window_overlay",
     }
 )
+# What a configuration may say that no call here can do.
+_MAX_HEAD_DIM = 256
+_REFUSED_SETTINGS = {
+    "index_topk": "attention to chosen keys",
+    "output_attentions": "attention weights",
+    "relative_attention_num_buckets": "position_bias",
+}
 # What some models pass to change the scores or the keys. Everything else that models pass along is
 # for other implementations, or for other layers.
 _REFUSED = (
@@ -45,7 +56,9 @@ def register(*, ver: int | str | None = None) -> None:
     """Make `attn_implementation="triton_fa"` known to transformers.
 
     Where this transformers has paged attention functions for continuous batching, their name
-    `"paged|triton_fa"` too. Calling it again replaces what was registered.
+    `"paged|triton_fa"` too. Calling it again replaces what was registered. From here on a model
+    that asks for one of the names is refused when it is built if its configuration says that it
+    needs something not done here.
 
     Args:
         ver: As of the attention functions.
@@ -55,6 +68,40 @@ def register(*, ver: int | str | None = None) -> None:
     AttentionMaskInterface.register(NAME, padding_mask)
     if "paged|sdpa" in AttentionInterface().valid_keys():
         AttentionInterface.register(f"paged|{NAME}", functools.partial(paged_forward, ver=ver))
+    _refuse_when_built()
+
+
+def _refuse_when_built() -> None:
+    """Look at the configuration where transformers looks whether a model may have a name."""
+    original = PreTrainedModel.get_correct_attn_implementation
+    if hasattr(original, "__triton_fa__"):
+        return
+
+    @functools.wraps(original)
+    def checked(self: Any, *arguments: Any, **options: Any) -> Any:
+        found = original(self, *arguments, **options)
+        if found in (NAME, f"paged|{NAME}"):
+            _refuse_configuration(self.config)
+        return found
+
+    checked.__triton_fa__ = True  # type: ignore[attr-defined]  # so that it is done once
+    PreTrainedModel.get_correct_attn_implementation = checked
+
+
+def _refuse_configuration(config: Any) -> None:
+    def of(name: str) -> Any:
+        return getattr(config, name, None)
+
+    heads, hidden = of("num_attention_heads"), of("hidden_size")
+    head_dim = of("head_dim")
+    if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
+        head_dim = hidden // heads
+    chosen = AttentionInterface()[NAME].keywords["ver"]
+    if isinstance(head_dim, int) and head_dim > _MAX_HEAD_DIM and chosen != "torch":
+        raise FeatureError(f"head_dim: expected at most {_MAX_HEAD_DIM}, got {head_dim}")
+    for name, what in _REFUSED_SETTINGS.items():
+        if of(name):
+            raise FeatureError(f"{name}: expected none, got {of(name)}: no {what} here")
 
 
 def attention_forward(

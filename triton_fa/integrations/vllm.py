@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+
+from triton_fa.integrations import FeatureError, require
+
+require("vllm", ">=0.33,<0.34")
+
 from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -24,7 +29,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
 
 from triton_fa.api import flash_attn_varlen_func
-from triton_fa.integrations import FeatureError
 
 _PATH = f"{__name__}.TritonFABackend"
 _FLOAT8 = ("fp8", "fp8_e4m3")
