@@ -1,7 +1,8 @@
 """A language model of matrix products and the public functions, over one paged cache."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,7 +45,7 @@ class Model:
         wide = shape.heads_q * shape.head_dim
         self.embedding = weight(shape.vocabulary, shape.hidden) * shape.vocabulary**0.5
         self.head = weight(shape.hidden, shape.vocabulary)
-        self.layers = [
+        self.layers: list[tuple[Tensor, ...]] = [
             (
                 weight(shape.hidden, sum(shape.split)),
                 weight(wide, shape.hidden),
@@ -57,6 +58,16 @@ class Model:
         frequencies = 500000.0 ** -(torch.arange(half, device=device) / half)
         angles = torch.arange(longest, device=device)[:, None] * frequencies
         self.cos, self.sin = (f(angles).to(shape.dtype) for f in (torch.cos, torch.sin))
+
+    def wider(self) -> "Model":
+        """The same weights in float32, or in float64 if they are in float32."""
+        dtype = torch.float64 if self.shape.dtype == torch.float32 else torch.float32
+        model = copy.copy(self)
+        model.shape = replace(self.shape, dtype=dtype)
+        model.embedding, model.head = self.embedding.to(dtype), self.head.to(dtype)
+        model.layers = [tuple(x.to(dtype) for x in layer) for layer in self.layers]
+        model.cos, model.sin = self.cos.to(dtype), self.sin.to(dtype)
+        return model
 
     def forward(self, tokens: Tensor, positions: Tensor, last: Tensor, attend: Attend) -> Tensor:
         """Logits behind the tokens number `last`: (rows, vocabulary).

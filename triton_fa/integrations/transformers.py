@@ -204,12 +204,13 @@ def _attend_span(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: torch.Tensor, options: dict[str, Any]
 ) -> torch.Tensor:
     """Attention against a static cache, whose lengths only the device knows."""
-    lengths = span[:, 0, 0]
+    # Contiguous, unless transformers has copied it.
+    ends, *begins = (column.contiguous() for column in span[:, 0, 0].unbind(1))
     out: torch.Tensor = call(
         "flash_attn_with_kvcache",
         *(q, k, v),
-        cache_seqlens=lengths[:, 0],
-        cache_leftpad=lengths[:, 1] if lengths.shape[1] > 1 else None,
+        cache_seqlens=ends,
+        cache_leftpad=begins[0] if begins else None,
         **options,
     )
     return out
