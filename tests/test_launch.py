@@ -460,6 +460,34 @@ def test_a_launch_needs_every_argument_of_its_kernel() -> None:
         Launch(combine_kernel, (1, 1, 1), pointers, {"batch": 1}, {}, torch.device("cpu"))
 
 
+def test_variants_of_a_kernel_are_told_apart() -> None:
+    """What Triton specialises for, and nothing else, makes a variant; True is not 1."""
+    triton = pytest.importorskip("triton")
+
+    @triton.jit(do_not_specialize=["size"])
+    def kernel(pointer, size, stride, scale, FLAG: triton.language.constexpr):
+        pass
+
+    if not hasattr(kernel, "params"):
+        kernel = triton.runtime.JITFunction(kernel.fn, do_not_specialize=["size"])
+    from triton_fa.kernels.launch import specialisation
+
+    half = torch.zeros(64, dtype=torch.float16)
+
+    def of(*, pointer=half, size=7, stride=32, scale=0.5, FLAG=True) -> object:
+        return specialisation(kernel, (pointer, size, stride, scale, FLAG))
+
+    known = of()
+    for same in ({"size": 1}, {"size": 2**31 - 1}, {"stride": 48}, {"scale": 1.0}):
+        assert of(**same) == known, same
+    assert of(pointer=half[8:]) == known
+    others = [{"pointer": None}, {"pointer": half.bfloat16()}, {"pointer": half[1:]}]
+    others += [{"size": 2**31}, {"size": None}, {"stride": 1}, {"stride": 33}, {"stride": 2**32}]
+    others += [{"scale": None}, {"FLAG": False}, {"FLAG": 1}, {"FLAG": None}]
+    found = [of(**other) for other in others]
+    assert len({known, *found}) == 1 + len(others)
+
+
 def test_direct_launching_can_be_turned_off(fresh: pytest.MonkeyPatch) -> None:
     """The setting is read, and a bad value is named, whatever device this runs on."""
     from triton_fa import env

@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
+from triton_fa.kernels.launch import names_of, specialisation
 from triton_fa.problem import Problem
 from triton_fa.spec import AttnSpec
 
@@ -269,7 +270,7 @@ def launches(
     own |= {"tiles": tiles, "counter_offset": counter_offset}
     own["C"] = c = variant(problem, chosen, common, **planned)
     kernel = Described(views(problem, c, common))
-    values = {name: common[name] for name in kernel.arg_names if name in common} | own
+    values = {name: common[name] for name in names_of(kernel) if name in common} | own
     steps: list[tuple[Any, ...]] = [(kernel, (programs, 1, 1), values, {"num_warps": 4})]
     if tiles > programs:
         offset = {"counter_offset": counter_offset}
@@ -344,9 +345,18 @@ class Described:
 
         return launch
 
+    def specialisation(self, given: Sequence[Any]) -> tuple[Hashable, ...]:
+        """As `launch.specialisation`: sizes and strides that descriptors hold make no variant."""
+        boxes = tuple(None if v is None else (v.dtype, v.block) for v in self._views)
+        rest = given[len(self.TENSORS) :]
+        return boxes, *specialisation(self._kernel, (*(None for _ in boxes), *rest))
+
     def warmup(self, *given: Any, grid: tuple[int, int, int], **options: Any) -> Any:
-        """The compiled kernel, with a launcher that takes addresses."""
-        compiled = self._kernel.warmup(*self._described(given), grid=grid, **options)
+        """The compiled kernel."""
+        return self._kernel.warmup(*self._described(given), grid=grid, **options)
+
+    def bound(self, compiled: Any) -> Any:
+        """The compiled kernel with a launcher that takes addresses of tensors of these views."""
         run = compiled.run
         return SimpleNamespace(
             function=compiled.function,

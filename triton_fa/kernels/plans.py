@@ -6,6 +6,7 @@ device; so a plan holds for every call with the same launch key, and for capture
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from triton_fa.kernels.choice import decode_tile, prefill_tile
 from triton_fa.kernels.combine import combine_kernel
 from triton_fa.kernels.compat import INTERPRETED
 from triton_fa.kernels.decode import decode_kernel
+from triton_fa.kernels.launch import names_of
 from triton_fa.kernels.prefill import prefill_kernel
 from triton_fa.kernels.schedule import schedule_kernel
 from triton_fa.problem import Append, AttnResult, Lengths, Problem, Tensors
@@ -96,6 +98,7 @@ POINTERS = (
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
 _NO_LISTS = (None,) * 4
 ABSENT = POINTERS.index("absent")
+_PLACES = {name: place for place, name in enumerate(POINTERS)}
 """Place of a None; what stands behind it are `append_tensors`."""
 
 
@@ -166,6 +169,12 @@ def length_tensors(lengths: Lengths, metadata: torch.Tensor) -> tuple[torch.Tens
     return tuple(given.values())
 
 
+@functools.cache
+def _leading(names: tuple[str, ...]) -> list[str]:
+    """The leading arguments of a kernel: pointers and descriptors."""
+    return [name for name in names if name.endswith(("_ptr", "_desc"))]
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedLaunch:
     """One kernel launch: everything but the addresses of a call's tensors."""
@@ -181,18 +190,15 @@ class PlannedLaunch:
 
     def indices(self) -> tuple[int, ...]:
         """Places in `call_tensors` of the kernel's leading arguments."""
-        return tuple(POINTERS.index(n) if n in POINTERS else ABSENT for n in self._leading())
+        return tuple(_PLACES.get(name, ABSENT) for name in _leading(names_of(self.kernel)))
 
     def pointers(self, given: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
         """The kernel's leading arguments out of `call_tensors`, descriptors included."""
-        return tuple(self._pointer(name, given) for name in self._leading())
-
-    def _leading(self) -> list[str]:
-        return [n for n in self.kernel.arg_names if n.endswith(("_ptr", "_desc"))]
+        return tuple(self._pointer(name, given) for name in _leading(names_of(self.kernel)))
 
     def _pointer(self, name: str, given: tuple[torch.Tensor | None, ...]) -> Any:
-        if name in POINTERS:
-            tensor = given[POINTERS.index(name)]
+        if name in _PLACES:
+            tensor = given[_PLACES[name]]
             if self.in_pairs and name in ("k_ptr", "v_ptr"):
                 return tensor.view(torch.int16) if tensor is not None else None
             return _as_bytes(tensor)
@@ -385,7 +391,7 @@ def _descale_strides(tensors: Tensors) -> dict[str, int]:
     return strides
 
 
-def _from_fp8(spec: AttnSpec, device: DeviceFacts) -> dict[str, str]:
+def _from_fp8(spec: AttnSpec, device: DeviceFacts) -> dict[str, Any]:
     """How keys and values become float16, see `primitives.from_fp8` and `split_fp8`."""
     hardware = device.kind == "cuda" and device.arch >= (8, 9) and not INTERPRETED
     if spec.kv_dtype != torch.float8_e4m3fn or not hardware:
@@ -414,7 +420,7 @@ def _scales(spec: AttnSpec) -> dict[str, float]:
 
 def _arguments(kernel: Any, common: dict[str, Any], **own: Any) -> dict[str, Any]:
     """The shared arguments that `kernel` takes, and its own."""
-    return {name: common[name] for name in kernel.arg_names if name in common} | own
+    return {name: common[name] for name in names_of(kernel) if name in common} | own
 
 
 def _block_b(batch: int) -> int:
