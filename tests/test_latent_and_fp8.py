@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import triton_fa
-from triton_fa import ArgumentError, ArgumentValueError, UnsupportedError
-from triton_fa.device import runs_triton
+from triton_fa import ArgumentError, ArgumentValueError, UnsupportedError, api
+from triton_fa.device import DeviceFacts, runs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VERS = ("triton", "torch") if runs_triton(DEVICE) else ("torch",)
@@ -264,6 +264,25 @@ def test_factors_of_any_sign(ver: str) -> None:
     ]
     given = dict(zip(("q_descale", "k_descale", "v_descale"), of, strict=True))
     close(case.call(ver, **given), case.expected(32**-0.5, factors=of))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_converted_for_every_tile(
+    ver: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on AMD's chips, where they are not kept."""
+    if ver != "triton" or DEVICE.type != "cpu":
+        pytest.skip("what the interpreter computes for another chip")
+    facts = DeviceFacts("hip", (0, 0), 304, 64 << 10, 64)
+    monkeypatch.setattr("triton_fa.device.facts", lambda device: facts)
+    case = Paged((37, 44), (1, 2), (6, 2), (32, 32), dtype, torch.float8_e4m3fn)
+    of = [torch.tensor(x) for x in ([[0.5, 1], [1, 2]], [[1.5, -1], [0, 1]], [[1.0, 2], [3, 1]])]
+    given = dict(zip(("q_descale", "k_descale", "v_descale"), of, strict=True))
+    api._RECORDS.clear()
+    try:
+        close(case.call(ver, **given), case.expected(32**-0.5, factors=of), 2e-2)
+    finally:
+        api._RECORDS.clear()
 
 
 @pytest.mark.parametrize("dims", [(24, 40), (32, 32)])

@@ -232,6 +232,7 @@ def decode_kernel(
     Q_FORMAT: tl.constexpr,
     KEY_FORMAT: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
+    HOLDS_Q: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -248,7 +249,6 @@ def decode_kernel(
     # bfloat16 queries beside float8 keys are computed with as float16.
     PAIRS: tl.constexpr = KEY_FORMAT != ""
     DIVIDES: tl.constexpr = PAIRS and q_ptr.dtype.element_ty == tl.bfloat16
-    HOLDS_Q: tl.constexpr = PAIRS and not HAS_QV
     HAS_MODS: tl.constexpr = SCORE_MOD is not None or MASK_MOD is not None
     COUNTS_PADDING: tl.constexpr = ATTENTION_CHUNKED or HAS_MODS
     IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
@@ -477,7 +477,7 @@ def decode_kernel(
                     even = tl.where(turned, -even, even)
                     odd = tl.where(turned, -odd, odd)
                     held_q = joined(even.to(tl.float16), odd.to(tl.float16))
-                    held_scale = tl.maximum(tl.abs(factor), 1e-30)
+                    held_scale = tl.maximum(tl.where(factor < 0, -factor, factor), 1e-30)
                 q0, q1 = parted(held_q, FP8_HARDWARE)
             elif HAS_K:
                 q0 = load_queries(q_base, q_rows, dims0, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
@@ -524,7 +524,7 @@ def decode_kernel(
                 raw = dot(q0, keys[0].T, raw, IEEE, INTERPRETED)
                 if D1 > 0:
                     raw = dot(q1, keys[1].T, raw, IEEE, INTERPRETED)
-            if PAIRS and HAS_QV:
+            if PAIRS and not HOLDS_Q:
                 raw *= descale(q_descales, seq_idx, head) * descale(k_descales, seq_idx, head)
             if HAS_QV:
                 values = load_panels(

@@ -493,6 +493,8 @@ def _decode(
             SAME_STRIDES=problem.tensors.k.stride() == problem.tensors.v.stride(),
             WIDE_SLOTS=_wide_slots(problem),
             LAZY_MASK=rows > 16 or spec.kv_dtype in FP8_FORMATS,
+            # Queries converted once a sequence. Triton 3.6 does not compile that for AMD chips.
+            HOLDS_Q=size == 1 and problem.tensors.qv is None and device.kind != "hip",
         ),
         _decode_options(tile, device),
         in_pairs=paired,
