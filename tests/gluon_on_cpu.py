@@ -24,10 +24,23 @@ INT32 = np.dtype(np.int32)
 
 
 class Dtype:
-    """An element type, which tensors are converted to."""
+    """An element type, which tensors are converted to; numpy's may be a wider one."""
 
-    def __init__(self, name: str, numpy: Any) -> None:
+    def __init__(self, name: str, numpy: Any, size: int = 0) -> None:
         self.name, self.numpy = name, np.dtype(numpy)
+        self.size = size or self.numpy.itemsize
+
+
+FLOAT8 = Dtype("float8e4nv", "f2", 1)  # numpy has none
+
+
+def to_float8(x: np.ndarray) -> np.ndarray:
+    """Rounded to e4m3 without infinities, in float16."""
+    x = np.clip(x, -448, 448).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        exponent = np.maximum(np.floor(np.log2(np.abs(x))), -6)
+    step = np.exp2(exponent - 3).astype(np.float32)
+    return (np.round(x / step) * step).astype(np.float16)
 
 
 class Tensor:
@@ -225,30 +238,33 @@ LOCAL = threading.local()  # the machine, the threads of this partition, and its
 class Shared:
     """Shared memory: blocks of panels of at most 128 bytes a row, as swizzled layouts have them."""
 
-    def __init__(self, flat: np.ndarray, shape: Sequence[int], transposed: bool = False) -> None:
+    def __init__(
+        self, flat: np.ndarray, shape: Sequence[int], size: int, transposed: bool = False
+    ) -> None:
         self.flat, self.shape, self.transposed = flat, tuple(shape), transposed
         self.dtype, self.numel = flat.dtype, flat.size
+        self.size = size  # bytes of an element
 
     def index(self, i: Any) -> Shared:
         i, size = int(i), self.flat.size // self.shape[0]
         assert 0 <= i < self.shape[0], "index out of shared memory"
-        return Shared(self.flat[i * size : (i + 1) * size], self.shape[1:])
+        return Shared(self.flat[i * size : (i + 1) * size], self.shape[1:], self.size)
 
     def permute(self, order: tuple[int, int]) -> Shared:
-        return Shared(self.flat, self.shape, True)
+        return Shared(self.flat, self.shape, self.size, True)
 
     def reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
         assert np.prod(shape) == self.flat.size
-        return Shared(self.flat, shape)
+        return Shared(self.flat, shape, self.size)
 
     _reinterpret = reinterpret
 
     def block(self) -> np.ndarray:
-        """A view [rows, columns / 64, 64], or of whatever is narrower."""
+        """A view [rows, panels, columns of one], of 128 bytes or whatever is narrower."""
         if len(self.shape) == 1:
             return self.flat
         rows, columns = self.shape[-2:]
-        width = min(64, columns)
+        width = min(128 // self.size, columns)
         return self.flat.reshape(columns // width, rows, width).swapaxes(0, 1)
 
     def read(self) -> np.ndarray:
@@ -282,7 +298,7 @@ def allocate(element: Any, shape: Sequence[int], layout: Any) -> Any:
     dtype = numpy_of(element)
     size = int(np.prod(shape))
     poison = np.full(size, np.nan if dtype.kind == "f" else -(2**31), dtype)
-    return Shared(poison, shape)
+    return Shared(poison, shape, element.size if isinstance(element, Dtype) else dtype.itemsize)
 
 
 @dataclass
@@ -293,13 +309,17 @@ class Descriptor:
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     block_shape: list[int]
+    size: int  # bytes of an element; the array's may have more
 
     layout = None
-    dtype = property(lambda self: self.array.dtype)
+
+    @property
+    def dtype(self) -> Any:
+        return FLOAT8 if self.size == 1 else self.array.dtype
 
     def addresses(self, at: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Of the box at these coordinates, and which of them exist."""
-        size = self.array.itemsize
+        size = self.size
         assert int(at[4]) * size % 16 == 0, "column not aligned"
         address = np.zeros((1,) * 5, np.uint64)
         inside = np.ones((1,) * 5, bool)
@@ -325,7 +345,7 @@ def tma_load(desc: Descriptor, at: Sequence[Any], ready: Barrier, box: Shared) -
         found = np.where(inside, desc.array[np.where(inside, address, 0)], 0)
         block = box.block()
         block[...] = found.reshape(block.shape)
-        ready.bytes -= box.flat.nbytes
+        ready.bytes -= box.numel * box.size
         ready.advance()
 
     with machine.lock:
@@ -500,7 +520,8 @@ def language() -> types.SimpleNamespace:
         ),
         "arange": lambda begin, end, layout=None: Tensor(np.arange(begin, end, dtype=np.int32)),
         "reshape": lambda x, shape: Tensor(x.value.reshape(shape), x.dtype),
-        "convert_layout": lambda x, layout: x,
+        "permute": lambda x, order: Tensor(x.value.transpose(order), x.dtype),
+        "convert_layout": lambda x, layout, assert_trivial=False: x,
         "static_range": range,
         "allocate_shared_memory": allocate,
         "warp_specialize": warp_specialize,
@@ -585,6 +606,7 @@ def run(
             "exp2": elementwise(np.exp2),
             "reciprocal": elementwise(np.reciprocal),
             "packed": lambda x, dtype: x.to(dtype),
+            "packed8": lambda x: Tensor(to_float8(x.value)),
             "rescaled": lambda acc, alpha, lazy: acc * alpha[:, None],
         },
     )

@@ -55,11 +55,15 @@ PROGRAMS = 3  # of the emulated chip
 
 
 def flat(tensor: torch.Tensor) -> np.ndarray:
-    """All memory from a tensor's address on; numpy has no bfloat16, which sinks may be."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
+    """All memory from a tensor's address on; of what numpy does not have a copy in more bits."""
+    wider = {torch.bfloat16: torch.float32, torch.float8_e4m3fn: torch.float16}
+    found = memory(tensor)
+    return found.to(wider.get(found.dtype, found.dtype)).numpy()
+
+
+def memory(tensor: torch.Tensor) -> torch.Tensor:
     size = tensor.untyped_storage().size() // tensor.element_size() - tensor.storage_offset()
-    return torch.as_strided(tensor, (size,), (1,)).numpy()
+    return torch.as_strided(tensor, (size,), (1,))
 
 
 def emulated(kernel: hopper_plans.Described, grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -74,8 +78,11 @@ def emulated(kernel: hopper_plans.Described, grid: tuple[int, int, int]) -> Call
                 view = views[name]
                 if view is None:
                     return None
-                memory = flat(given[view.tensor])
-                return gluon_on_cpu.Descriptor(memory, view.shape, view.strides, list(view.block))
+                array = flat(given[view.tensor].view(view.dtype))
+                size = view.dtype.itemsize
+                return gluon_on_cpu.Descriptor(
+                    array, view.shape, view.strides, list(view.block), size
+                )
             value = named[name]
             if isinstance(value, torch.Tensor):
                 return gluon_on_cpu.Pointer(flat(value))
@@ -84,6 +91,9 @@ def emulated(kernel: hopper_plans.Described, grid: tuple[int, int, int]) -> Call
         arguments = {name: argument(name) for name in kernel._kernel.arg_names}
         launched.append(grid)
         gluon_on_cpu.run(hopper, primitives, arguments, grid[0], seed=7)
+        out = memory(named["out_ptr"])
+        if out.dtype == torch.bfloat16:
+            out.copy_(torch.from_numpy(arguments["out_desc"].array))
 
     return launch
 
@@ -230,6 +240,44 @@ CACHE_FEATURES = {
 @pytest.mark.parametrize("name", CACHE_FEATURES)
 def test_cache_features(name: str, on_hopper: None, device: str) -> None:
     agrees(CACHED.with_changes(**CACHE_FEATURES[name]), device)
+
+
+FLOAT8 = PACKED.with_changes(dtype="float8_e4m3fn", descales="qkv", heads_q=4, heads_kv=2)
+FLOAT8_FEATURES = {
+    "dims-64": {"head_dim": 64, "head_dim_v": 64},
+    "dims-128": {},
+    "dims-256": {"head_dim": 256, "head_dim_v": 256},
+    "full": {"causal": False},
+    "no-descales": {"descales": ""},
+    "window": {"causal": False, "window": (40, 7)},
+    "attention-chunk": {"attention_chunk": 48},
+    "softcap": {"softcap": 20.0},
+    "sinks-window": {"sinks": True, "window": (30, 0)},
+    "unused-rows": {"pad_q": 5, "pad_k": 9},
+    "strides": {"kv_strides": "sliced"},
+    "queries-of-one-head": {"heads_q": 8, "heads_kv": 1},
+}
+FLOAT8_CACHE_FEATURES = {
+    "page-8": {"page_size": 8},
+    "page-48": {"page_size": 48},
+    "page-256": {"page_size": 256},
+    "batch-idx": {"batch_idx": True, "spare_rows": 2},
+    "append": {"append": "packed", "seqlens_new": (9, 97, 0), "seqlens_k": (190, 0, 450)},
+    "dense": CACHE_FEATURES["dense"],
+    "dense-batch-idx": CACHE_FEATURES["dense-batch-idx"],
+    "dense-left-padding": CACHE_FEATURES["dense-left-padding"],
+}
+
+
+@pytest.mark.parametrize("name", FLOAT8_FEATURES)
+def test_float8(name: str, on_hopper: None, device: str) -> None:
+    agrees(FLOAT8.with_changes(**FLOAT8_FEATURES[name]), device)
+
+
+@pytest.mark.parametrize("name", FLOAT8_CACHE_FEATURES)
+def test_float8_caches(name: str, on_hopper: None, device: str) -> None:
+    changes = {"dtype": "float8_e4m3fn", "descales": "qkv"} | FLOAT8_CACHE_FEATURES[name]
+    agrees(CACHED.with_changes(**changes), device)
 
 
 # ---------------------------------------------------------------- the order of tiles

@@ -204,7 +204,7 @@ def key_blocks(seqlen: int, size: int = 128) -> triton_fa.BlockSparseTensors:
 
 
 LONG = 2048  # more than 4096 rows with four query heads to a head
-F16, F32 = torch.float16, torch.float32
+F16, F32, E4M3 = torch.float16, torch.float32, torch.float8_e4m3fn
 
 # What every change is compiled for, in tests/test_compile.py.
 CORE = {
@@ -324,5 +324,9 @@ HOPPER |= {
     "hopper-128-window": prefill(LONG, window_size=(1024, 0)),
     "hopper-64-window-sinks": prefill(LONG, dim=64, window_size=(128, 0), sinks=sinks(8)),
     "hopper-256-softcap": prefill(LONG, dim=256, softcap=50.0, window_size=(4096, 0)),
+    "hopper-64-e4m3": prefill(LONG, dim=64, dtype=E4M3),
+    "hopper-128-e4m3": prefill(LONG, dtype=E4M3),
+    "hopper-128-e4m3-page-16": mixed(most=LONG, dtype=E4M3),
+    "hopper-256-e4m3": prefill(LONG, dim=256, dtype=E4M3),
 }
 CASES = CORE | LARGE | TILES | FEATURES | HOPPER

@@ -154,11 +154,13 @@ def _launches(problem: Problem) -> Run:
 
     part_like = _pattern(planned.partial_floats, torch.float32, device)
     plan_like = _pattern(planned.plan_entries, torch.int32, device)
+    v_like = _pattern(planned.transposed_bytes, torch.uint8, device)
 
     def call_tensors(tensors: Tensors, result: AttnResult) -> CallTensors:
         part = None if part_like is None else torch.empty_like(part_like)
         prefill_plan = None if plan_like is None else torch.empty_like(plan_like)
-        return plans.call_tensors(tensors, result, part, prefill_plan)
+        v_transposed = None if v_like is None else torch.empty_like(v_like)
+        return plans.call_tensors(tensors, result, part, prefill_plan, v_transposed)
 
     example = call_tensors(problem.tensors, allocate(bare, problem.tensors))
     enqueue = _enqueuer(planned.launches, example, device)

@@ -53,11 +53,10 @@ RENAMED = gl.constexpr(gluon_names().public_reinterpret)
 
 # Hardware barriers. Triton takes 0, 1 and one for each partition from 2 on; the tests look.
 TURN = gl.constexpr(5)  # 5, 6, 7: a consumer's turn at the tensor cores
-KEYS_FREE = gl.constexpr(8)  # 8, 9: all consumers have left a stage of keys
-VALUES_FREE = gl.constexpr(10)  # 10, 11: and of values
+KEYS_FREE = gl.constexpr(8)  # 8 to 11: all consumers have left a stage of keys
+VALUES_FREE = gl.constexpr(12)  # 12 to 15: and of values
 
 WRAP = gl.constexpr(1 << 30)
-STAGES = gl.constexpr(2)  # tile i of keys, or of values, is in stage i & 1
 WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # a number in each of four warps' lanes
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # a number in each lane of one warp
 BROADCAST = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))  # eight numbers in every thread
@@ -129,6 +128,20 @@ def packed(x, DTYPE: gl.constexpr):
             is_pure=False,
             pack=2,
         )
+
+
+@gluon.jit
+def packed8(x):
+    """To float8, in an operand's layout."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+        "=r,f,f,f,f",
+        [x],
+        dtype=gl.float8e4nv,
+        is_pure=False,
+        pack=4,
+    )
 
 
 @gluon.constexpr_function
@@ -276,6 +289,18 @@ def receive(i, box):
 
 
 @gluon.jit
+def stage_of(i, C: gl.constexpr):
+    """Where tile i of keys, or of values, is."""
+    return i & (C.STAGES - 1)
+
+
+@gluon.jit
+def phase_of(i, C: gl.constexpr):
+    """Parity of how often its stage was filled before: of 1, 2 or 4 stages."""
+    return (i >> C.STAGES // 2) & 1
+
+
+@gluon.jit
 def load(desc, ready, box, at, live, column):
     """A box of rows from (batch row or page, token) `at` on, `live` of which exist."""
     live = gl.maximum(live, 0)
@@ -290,7 +315,7 @@ def load_panel(panel, ready, i, b, at, live, column, DIM: gl.constexpr, C: gl.co
     WIDTH: gl.constexpr = desc.block_shape[4]
     PARTS: gl.constexpr = DIM // WIDTH
     for part in gl.static_range(PARTS):
-        box = boxes.index(((i & 1) * PARTS + part) * BOXES + b)
+        box = boxes.index((stage_of(i, C) * PARTS + part) * BOXES + b)
         load(desc, ready, box, at, live, column + part * WIDTH)
 
 
@@ -308,15 +333,9 @@ def load_keys(
 ):
     """A tile of keys or values, box by box, into a stage that all consumers have left."""
     panels, barriers, column = source
-    full, empty = barriers
     key, end = span
-    if C.NAMED:
-        if i >= STAGES:
-            barrier_sync(FREE + (i & 1), C.CONSUMERS * 128 + 32)
-    else:
-        mbarrier.wait(empty.index(i & 1), ((i >> 1) & 1) ^ 1)
-    ready = full.index(i & 1)
-    mbarrier.expect(ready, C.BLOCK_N * (DIM + TAIL) * 2)
+    ready = free_stage(i, barriers, FREE, C)
+    mbarrier.expect(ready, C.BLOCK_N * (DIM + TAIL) * C.BYTES)
     BOXES: gl.constexpr = C.BLOCK_N // C.BOX
     for b in gl.static_range(BOXES):
         at = (place[0], place[1] + key + b * C.BOX)
@@ -327,6 +346,46 @@ def load_keys(
         load_panel(panels[0], ready, i, b, at, live, column, DIM, C)
         if TAIL:
             load_panel(panels[1], ready, i, b, at, live, column + DIM, TAIL, C)
+
+
+@gluon.jit
+def free_stage(i, barriers, FREE: gl.constexpr, C: gl.constexpr):
+    """Wait until all consumers have left the stage of tile i; the barrier of its being full."""
+    full, empty = barriers
+    if C.NAMED:
+        if i >= C.STAGES:
+            barrier_sync(FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
+    else:
+        mbarrier.wait(empty.index(stage_of(i, C)), phase_of(i, C) ^ 1)
+    return full.index(stage_of(i, C))
+
+
+@gluon.jit
+def load_transposed(panel, ready, i, at, live, row):
+    """Values [dim, keys] of a tile out of `transpose.py`'s: the keys run fastest.
+
+    A step of `end` is 16 bytes here, the smallest one, so what ends at `live` is 16 keys or less
+    behind it; zeros are there.
+    """
+    live = (gl.maximum(live, 0) + 15) // 16 * 16
+    end = (at[1] + live) // 16
+    tma_load(panel[0], [WRAP // 16, end, at[0], row, WRAP - live], ready, panel[2].index(i))
+
+
+@gluon.jit
+def load_values(source, i, span, place, pages, C: gl.constexpr):
+    """A tile of values."""
+    if C.FP8:
+        panels, barriers, row = source
+        key, end = span
+        ready = free_stage(i, barriers, VALUES_FREE, C)
+        mbarrier.expect(ready, C.BLOCK_N * (C.V0 + C.V1))
+        at = (place[2], place[3] + key)
+        load_transposed(panels[0], ready, stage_of(i, C), at, end - key, row)
+        if C.V1:
+            load_transposed(panels[1], ready, stage_of(i, C), at, end - key, row + C.V0)
+    else:
+        load_keys(source, i, span, place, pages, VALUES_FREE, C.V0, C.V1, C)
 
 
 @gluon.jit
@@ -396,7 +455,13 @@ def producer(given, C: gl.constexpr):
         table = (page_table_ptr, row.to(gl.int64) * table_stride, num_pages)
         if lengths[4] is not None:
             row = 0
-        place = (row, first_k)
+        # Transposed values are in rows of their own, of packed sequences from blocks of 16 on.
+        row_v = seq_idx
+        first_v = 0
+        if lengths[4] is not None:
+            row_v = 0
+            first_v = (first_k // 16 + seq_idx) * 16
+        place = (row, first_k, row_v, first_v)
         k_source = (keys, k_barriers, head // C.GROUP * strides[1])
         v_source = (values, v_barriers, head // C.GROUP * strides[2])
         key = start + (count - 1) * C.BLOCK_N
@@ -407,7 +472,7 @@ def producer(given, C: gl.constexpr):
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(q_barriers[1].index(c), (sent & 1) ^ 1)
                 ready = q_barriers[0].index(c)
-                mbarrier.expect(ready, ROWS * (C.D0 + C.D1) * 2)
+                mbarrier.expect(ready, ROWS * (C.D0 + C.D1) * C.BYTES)
                 mine = token + c * ROWS
                 at = (0, first_q + mine)
                 if C.DENSE:
@@ -424,19 +489,19 @@ def producer(given, C: gl.constexpr):
             next_pages = pages_of(key - C.BLOCK_N, end, table, C)
             span = (key - C.BLOCK_N, end)
             load_keys(k_source, loaded + 1, span, place, next_pages, KEYS_FREE, C.D0, C.D1, C)
-            load_keys(v_source, loaded, (key, end), place, pages, VALUES_FREE, C.V0, C.V1, C)
+            load_values(v_source, loaded, (key, end), place, pages, C)
             pages = next_pages
             key -= C.BLOCK_N
             loaded += 1
         if count > 0:
-            load_keys(v_source, loaded, (key, end), place, pages, VALUES_FREE, C.V0, C.V1, C)
+            load_values(v_source, loaded, (key, end), place, pages, C)
             loaded += 1
             sent += 1
     send(sent, (-1, 0, 0, 0, 0, 0, 0), box)
     if C.NAMED:  # leave no arrival behind in the hardware barriers
-        for i in range(gl.maximum(loaded - STAGES, 0), loaded):
-            barrier_sync(KEYS_FREE + (i & 1), C.CONSUMERS * 128 + 32)
-            barrier_sync(VALUES_FREE + (i & 1), C.CONSUMERS * 128 + 32)
+        for i in range(gl.maximum(loaded - C.STAGES, 0), loaded):
+            barrier_sync(KEYS_FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
+            barrier_sync(VALUES_FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
 
 
 # ---------------------------------------------------------------- the consumers
@@ -445,7 +510,7 @@ def producer(given, C: gl.constexpr):
 @gluon.jit
 def await_tile(i, barriers, C: gl.constexpr):
     """Wait for key tile i."""
-    mbarrier.wait(barriers[0].index(i & 1), (i >> 1) & 1)
+    mbarrier.wait(barriers[0].index(stage_of(i, C)), phase_of(i, C))
 
 
 @gluon.jit
@@ -455,9 +520,9 @@ def leave_stage(i, barriers, FREE: gl.constexpr, C: gl.constexpr):
     An mbarrier costs a barrier of the consumer's warps, a hardware barrier one instruction.
     """
     if C.NAMED:
-        barrier_arrive(FREE + (i & 1), C.CONSUMERS * 128 + 32)
+        barrier_arrive(FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
     else:
-        mbarrier.arrive(barriers[1].index(i & 1), count=1)
+        mbarrier.arrive(barriers[1].index(stage_of(i, C)), count=1)
 
 
 @gluon.jit
@@ -465,21 +530,48 @@ def raw_scores(queries, keys, i, SCORES: gl.constexpr, C: gl.constexpr):
     """The products of queries and key tile i, begun."""
     ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
     scores = gl.full([ROWS, C.BLOCK_N], 0.0, gl.float32, layout=SCORES)
-    k = keys[0][1].index(i & 1).permute((1, 0))
+    k = keys[0][1].index(stage_of(i, C)).permute((1, 0))
     scores = warpgroup_mma(queries[0], k, scores, use_acc=False, is_async=True)
     if C.D1:
-        k = keys[1][1].index(i & 1).permute((1, 0))
+        k = keys[1][1].index(stage_of(i, C)).permute((1, 0))
         scores = warpgroup_mma(queries[1], k, scores, is_async=True)
     return scores
 
 
 @gluon.jit
+def value_tile(panel, i, C: gl.constexpr):
+    """Values [keys, dim] of key tile i."""
+    if C.FP8:
+        return panel[1].index(stage_of(i, C)).permute((1, 0))
+    else:
+        return panel[1].index(stage_of(i, C))
+
+
+@gluon.jit
+def weights(prob, LAYOUT: gl.constexpr, DTYPE: gl.constexpr, C: gl.constexpr):
+    """Weights as an operand in registers, by layouts alone: no thread needs another's.
+
+    Of 16 keys a thread holds those of two pairs 8 apart, which float8 operands take for 4 in a row.
+    `transpose.py` has the values in that order.
+    """
+    if C.FP8:
+        ROWS: gl.constexpr = prob.shape[0]
+        KEYS: gl.constexpr = prob.shape[1]
+        prob = gl.permute(gl.reshape(prob, [ROWS, KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+        prob = gl.reshape(prob, [ROWS, KEYS])
+        return packed8(gl.convert_layout(prob, LAYOUT, assert_trivial=True))
+    else:
+        return gl.convert_layout(packed(prob, DTYPE), LAYOUT)
+
+
+@gluon.jit
 def weighted(prob, values, i, accs, C: gl.constexpr):
     """Accumulators with the weighted values of key tile i, begun."""
-    acc = warpgroup_mma(prob, values[0][1].index(i & 1), accs[0], is_async=True)
+    acc = warpgroup_mma(prob, value_tile(values[0], i, C), accs[0], is_async=True)
     if C.V1:
-        prob = gl.convert_layout(prob, gl.DotOperandLayout(0, accs[1].type.layout, 2))
-        return acc, warpgroup_mma(prob, values[1][1].index(i & 1), accs[1], is_async=True)
+        WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accs[1].type.layout, 4 // C.BYTES)
+        prob = gl.convert_layout(prob, WEIGHTS)
+        return acc, warpgroup_mma(prob, value_tile(values[1], i, C), accs[1], is_async=True)
     else:
         return (acc,)
 
@@ -534,17 +626,21 @@ def softmax_step(
 ):
     """(weights, factor for what was summed before, row maximum, row sum).
 
-    LAZY: the maximum moves only when it is outgrown by 2^8. The result does not depend on it.
+    Weights and sums are times 2^SHIFT. LAZY: the maximum moves only when it is outgrown by 2^SLACK.
+    The result does not depend on either but for how weights are rounded.
     """
     highest = gl.maximum(row_max, gl.max(scores, 1))
     if C.LAZY and not FIRST:
-        has_grown = (highest - row_max) * scale_log2 > 8.0
+        has_grown = (highest - row_max) * scale_log2 > C.SLACK
         highest = gl.where(has_grown, highest, row_max)
     pivot = highest
     if MASKED:  # a row may have seen no key yet
         pivot = gl.where(highest == NEG_INF, 0.0, highest)
     shift = -pivot * scale_log2
-    prob = exp2(scores * scale_log2 + shift[:, None])
+    if C.FP8:
+        prob = exp2(scores * scale_log2 + (shift + C.SHIFT)[:, None])
+    else:
+        prob = exp2(scores * scale_log2 + shift[:, None])
     if FIRST:
         return prob, highest, highest, sums(prob, C)
     else:
@@ -577,8 +673,8 @@ def attend(
     """
     prob, accs, row_max, row_sum = state
     queries, keys, values, k_barriers, v_barriers, windows, scales = given
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accs[0].type.layout, 2)
-    prob = gl.convert_layout(packed(prob, queries[0].dtype), WEIGHTS)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accs[0].type.layout, 4 // C.BYTES)
+    prob = weights(prob, WEIGHTS, queries[0].dtype, C)
     await_tile(i, k_barriers, C)
     barrier_sync(TURN + CONSUMER, 256)
     scores = raw_scores(queries, keys, i, SCORES, C)
@@ -614,6 +710,26 @@ def stage_out(acc, factor, row_sum, smem):
 
 
 @gluon.jit
+def descaled(scale, head, seq_idx, descales):
+    """The scale of one kv head's scores, and the factor of its values."""
+    q_descale_ptr, k_descale_ptr, v_descale_ptr, strides = descales
+    factor = 1.0
+    if q_descale_ptr is not None:
+        scale *= descale_of(q_descale_ptr, head, seq_idx, strides[0], strides[1])
+    if k_descale_ptr is not None:
+        scale *= descale_of(k_descale_ptr, head, seq_idx, strides[2], strides[3])
+    if v_descale_ptr is not None:
+        factor = descale_of(v_descale_ptr, head, seq_idx, strides[4], strides[5])
+    return scale, factor
+
+
+@gluon.jit
+def descale_of(descale_ptr, head, seq_idx, stride_b, stride_h):
+    """One number of [batch, heads_kv]."""
+    return gl.load(descale_ptr + seq_idx.to(gl.int64) * stride_b + head * stride_h)
+
+
+@gluon.jit
 def store_lse(lse, lse_ptr, tile, first_row, strides):
     """One number for each query token."""
     head, seq_idx, first_q, seqlen_q = tile
@@ -635,10 +751,10 @@ def rows_of(queries, CONSUMER: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def no_values(ROWS: gl.constexpr, C: gl.constexpr):
     """Accumulators of nothing."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V0, 16])
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V0, 32 // C.BYTES])
     acc = gl.full([ROWS, C.V0], 0.0, gl.float32, layout=LAYOUT)
     if C.V1:
-        TAIL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V1, 16])
+        TAIL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V1, 32 // C.BYTES])
         return acc, gl.full([ROWS, C.V1], 0.0, gl.float32, layout=TAIL)
     else:
         return (acc,)
@@ -647,17 +763,17 @@ def no_values(ROWS: gl.constexpr, C: gl.constexpr):
 @gluon.jit
 def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
     """Attend with one consumer's tokens of tile after tile."""
-    panels, outs, barriers, box, results, windows, scales = given
+    panels, outs, barriers, box, results, windows, scales, descales = given
     queries, keys, values = panels
     q_barriers, k_barriers, v_barriers = barriers
     lse_ptr, lse_strides, sinks_ptr, out_stride_h = results
     ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V0, 16])
+    DEPTH: gl.constexpr = 32 // C.BYTES  # of one product's instruction
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, DEPTH])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V0, DEPTH])
     OF_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     PANELS: gl.constexpr = 2 if C.V1 else 1
     mine = rows_of(queries, CONSUMER, C)
-    shared = (mine, keys, values, k_barriers, v_barriers, windows, scales)
     if CONSUMER == C.CONSUMERS - 1:
         barrier_arrive(TURN, 256)  # the first turn is consumer 0's
     i = 0  # key tiles so far
@@ -668,14 +784,17 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         key += (count - 1) * C.BLOCK_N
         first_row = token + CONSUMER * ROWS
         rows = (first_row, seqlen_q, seqlen_k, padding)
+        scale, descale = descaled(scales[0], head // C.GROUP, seq_idx, descales)
+        of_tile = (scale, scales[1])
+        shared = (mine, keys, values, k_barriers, v_barriers, windows, of_tile)
         # The right-most key tile: there is nothing to overlap with.
         mbarrier.wait(q_barriers[0].index(CONSUMER), got & 1)
         await_tile(i, k_barriers, C)
         scores = warpgroup_mma_wait(0, deps=[raw_scores(mine, keys, i, SCORES, C)])
         leave_stage(i, k_barriers, KEYS_FREE, C)
-        scores = capped_and_masked(scores, key, rows, windows, scales, True, C)
+        scores = capped_and_masked(scores, key, rows, windows, of_tile, True, C)
         row_max = gl.full([ROWS], NEG_INF, gl.float32, layout=OF_ROW)
-        scale_log2 = scales[0]
+        scale_log2 = scale
         if C.HAS_SOFTCAP:
             scale_log2 = 1.0
         prob, _, row_max, row_sum = softmax_step(scores, row_max, 0, scale_log2, True, True, C)
@@ -701,8 +820,8 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         if C.OWN_OUT:
             mbarrier.arrive(q_barriers[1].index(CONSUMER), count=1)
         # The last values; beside them the next tile's numbers and the lse.
-        WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-        prob = gl.convert_layout(prob.to(mine[0].dtype), WEIGHTS)
+        WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, ACC, 4 // C.BYTES)
+        prob = weights(prob, WEIGHTS, mine[0].dtype, C)
         await_tile(i - 1, v_barriers, C)
         accs = weighted(prob, values, i - 1, accs, C)
         tile = (head, seq_idx, first_q, seqlen_q)
@@ -710,11 +829,13 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token = receive(got, box)
         if C.PARTIAL:
             row_sum = gl.convert_layout(gl.sum(row_sum, 1), OF_ROW)
-        row_max = gl.where(row_max == NEG_INF, NO_SCORE, row_max * scale_log2)
+        row_max = gl.where(row_max == NEG_INF, NO_SCORE, row_max * scale_log2 - C.SHIFT)
         sink = 0.0
         if sinks_ptr is not None:
             sink = gl.load(sinks_ptr + tile[0]).to(gl.float32) * LOG2E
         factor, lse = finish(row_max, row_sum, sink, sinks_ptr is not None)
+        if C.FP8:
+            factor *= descale
         if C.HAS_LSE:
             store_lse(lse, lse_ptr, tile, first_row, lse_strides)
         accs = finished(accs, C)
@@ -777,6 +898,17 @@ def panels_of(
 
 
 @gluon.jit
+def transposed_panels(
+    descs, COUNT: gl.constexpr, KEYS: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr
+):
+    """Values, [dim, keys] each."""
+    if TAIL:
+        return panel(descs[0], COUNT, DIM, KEYS), panel(descs[1], COUNT, TAIL, KEYS)
+    else:
+        return (panel(descs[0], COUNT, DIM, KEYS),)
+
+
+@gluon.jit
 def barrier_pair(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT pairs of barriers: full, by the producer, and empty, by so many consumers."""
     full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
@@ -808,6 +940,9 @@ def hopper_kernel(
     leftpad_ptr,
     batch_idx_ptr,
     sinks_ptr,
+    q_descale_ptr,  # [batch, heads_kv] float32, as the two below; for float8 only
+    k_descale_ptr,
+    v_descale_ptr,
     plan_ptr,
     out_stride_h,
     lse_stride_b,
@@ -816,6 +951,12 @@ def hopper_kernel(
     q_stride_h,
     k_stride_h,
     v_stride_h,
+    q_descale_stride_b,
+    q_descale_stride_h,
+    k_descale_stride_b,
+    k_descale_stride_h,
+    v_descale_stride_b,
+    v_descale_stride_h,
     table_stride,
     batch,
     segment,
@@ -843,8 +984,11 @@ def hopper_kernel(
     """
     ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
     queries = panels_of((q_desc, q_tail_desc), C.CONSUMERS, ROWS, C.D0, C.D1)
-    keys = panels_of((k_desc, k_tail_desc), STAGES, C.BLOCK_N, C.D0, C.D1)
-    values = panels_of((v_desc, v_tail_desc), STAGES, C.BLOCK_N, C.V0, C.V1)
+    keys = panels_of((k_desc, k_tail_desc), C.STAGES, C.BLOCK_N, C.D0, C.D1)
+    if C.FP8:
+        values = transposed_panels((v_desc, v_tail_desc), C.STAGES, C.BLOCK_N, C.V0, C.V1)
+    else:
+        values = panels_of((v_desc, v_tail_desc), C.STAGES, C.BLOCK_N, C.V0, C.V1)
     if C.OWN_OUT:
         outs = panels_of((out_desc, out_tail_desc), C.CONSUMERS, ROWS, C.V0, C.V1)
     else:
@@ -853,8 +997,8 @@ def hopper_kernel(
     messages = barrier_pair(2, C.CONSUMERS)
     box = (slots, messages[0], messages[1])
     q_barriers = barrier_pair(C.CONSUMERS, 1)
-    k_barriers = barrier_pair(STAGES, C.CONSUMERS)
-    v_barriers = barrier_pair(STAGES, C.CONSUMERS)
+    k_barriers = barrier_pair(C.STAGES, C.CONSUMERS)
+    v_barriers = barrier_pair(C.STAGES, C.CONSUMERS)
     fence_async_shared()
     lengths = (
         cu_seqlens_q_ptr,
@@ -894,7 +1038,16 @@ def hopper_kernel(
         (q_stride_h, k_stride_h, v_stride_h),
         (counter_ptr, tiles, num_row_tiles),
     )
-    attending = (panels, outs, barriers, box, results, windows, scales)
+    strides = (
+        q_descale_stride_b,
+        q_descale_stride_h,
+        k_descale_stride_b,
+        k_descale_stride_h,
+        v_descale_stride_b,
+        v_descale_stride_h,
+    )
+    descales = (q_descale_ptr, k_descale_ptr, v_descale_ptr, strides)
+    attending = (panels, outs, barriers, box, results, windows, scales, descales)
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     C2: gl.constexpr = 2

@@ -24,6 +24,7 @@ from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
 from triton_fa.kernels.launch import names_of, specialisation
+from triton_fa.kernels.transpose import transpose_kernel
 from triton_fa.problem import Problem
 from triton_fa.spec import AttnSpec
 
@@ -45,9 +46,11 @@ FEATURES = frozenset(
         "attention_chunk",
     }
 )
+DESCALES = frozenset({"q_descale", "k_descale", "v_descale"})
 SHORTEST = 96
 """Where no sequence has more query tokens than this, `prefill.py` wastes fewer rows: its tiles hold
 those of all heads of a group."""
+TRANSPOSED_KEYS = 128  # of one program's block
 NARROWEST = 512
 """Where rows see fewer keys than this its larger tiles are mostly mask: at head_dim 64 and a window
 of 128 it took 498 µs, `prefill.py` 301; with a window of 1024 it is 1.4 times as quick."""
@@ -55,8 +58,8 @@ of 128 it took 498 µs, `prefill.py` 301; with a window of 1024 it is 1.4 times 
 WRAP = 1 << 30
 MOST = 0x7FFF0000  # the largest size of a descriptor's dimension that is used
 SHARED_MEMORY = 227 << 10
-ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-ELEMENTS |= {torch.int32: "i32"}
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv"}
+ARGUMENTS = ELEMENTS | {torch.float32: "fp32", torch.int32: "i32"}
 KEPT_DESCRIPTORS = 4096
 
 _logger = logging.getLogger("triton_fa")
@@ -71,14 +74,19 @@ class Variant:
 
     BLOCK_M: int  # query tokens of a tile
     BLOCK_N: int  # keys of a tile
+    STAGES: int  # key tiles in shared memory
     CONSUMERS: int
+    FP8: bool  # values come transposed, weights are float8
+    BYTES: int  # of an element of queries, keys and values
     D0: int  # columns of the panels of queries and keys, 0 for no second one
     D1: int
     V0: int  # and of values and the result
     V1: int
     NAMED: bool  # stages are given back by hardware barriers
     PARTIAL: bool  # row sums stay divided between threads
-    LAZY: bool  # accumulators are rescaled where the maximum grows much
+    LAZY: bool  # accumulators are rescaled where the maximum grows by more than 2^SLACK
+    SLACK: float
+    SHIFT: float  # weights are times 2^SHIFT
     OWN_OUT: bool  # the result has shared memory of its own, else that of the queries
     REGISTERS: int  # of a consumer's threads, and of the producer's
     PRODUCER_REGISTERS: int
@@ -112,6 +120,9 @@ class Tile:
     lazy: bool = False
     own_out: bool = True
     registers: tuple[int, int] = (240, 24)
+    stages: int = 2
+    slack: float = 8.0
+    shift: float = 0.0
 
 
 TILES = {
@@ -123,6 +134,14 @@ TILES = {
     (256, 256): Tile(128, 64, 2, (256, 0), (256, 0), False, False, True, False),
 }
 """By head_dim and head_dim_v."""
+FP8_TILES = {
+    (64, 64): Tile(128, 128, 2, (64, 0), (64, 0), stages=4, shift=8.0),
+    (128, 128): Tile(128, 128, 2, (128, 0), (128, 0), stages=4, shift=8.0),
+    (256, 256): Tile(128, 128, 2, (256, 0), (256, 0), False, False, shift=8.0),
+}
+"""The same for e4m3. Weights are times 2^shift: most of what e4m3 holds lies below 1."""
+MOST_TRANSPOSED = 1 << 31
+"""The most bytes of values that a call transposes."""
 
 
 # ---------------------------------------------------------------- the choice
@@ -135,7 +154,12 @@ def tile(problem: Problem, device: DeviceFacts) -> Tile | None:
         _logger.debug("prefill runs on the portable kernel: %s", "; ".join(reasons))
         return None
     _logger.debug("prefill runs on the Hopper kernel")
-    return TILES[problem.spec.head_dim, problem.spec.head_dim_v]
+    return tiles_of(problem.spec)[problem.spec.head_dim, problem.spec.head_dim_v]
+
+
+def tiles_of(spec: AttnSpec) -> dict[tuple[int, int], Tile]:
+    """The tiles of a dtype."""
+    return FP8_TILES if spec.dtype == torch.float8_e4m3fn else TILES
 
 
 def unavailable(device: DeviceFacts) -> str | None:
@@ -168,10 +192,14 @@ def refusals(problem: Problem, device: DeviceFacts) -> list[str]:
     if reason:
         return [reason]
     spec, bounds = problem.spec, problem.bounds
-    reasons = [f"{name} is given" for name in sorted(spec.features - FEATURES)]
-    if spec.dtype not in (torch.bfloat16, torch.float16) or spec.kv_dtype != spec.dtype:
+    is_fp8 = spec.dtype == torch.float8_e4m3fn
+    taken = FEATURES | DESCALES if is_fp8 else FEATURES
+    reasons = [f"{name} is given" for name in sorted(spec.features - taken)]
+    if spec.dtype not in ELEMENTS or spec.kv_dtype != spec.dtype:
         reasons.append(f"{spec.dtype} beside {spec.kv_dtype}")
-    if (spec.head_dim, spec.head_dim_v) not in TILES:
+    if is_fp8 and transposed_shape(problem)[0] > MOST_TRANSPOSED:
+        reasons.append(f"transposed values take {transposed_shape(problem)[0]} bytes")
+    if (spec.head_dim, spec.head_dim_v) not in tiles_of(spec):
         reasons.append(f"head dims {spec.head_dim}, {spec.head_dim_v}")
     if spec.softmax_scale < 0:
         reasons.append("softmax_scale < 0")
@@ -184,7 +212,7 @@ def refusals(problem: Problem, device: DeviceFacts) -> list[str]:
             reasons.append(f"at most {bounds.max_seqlen_q} query tokens")
         if 0 < seen_by_a_row(spec) < NARROWEST:
             reasons.append(f"rows see at most {seen_by_a_row(spec)} keys")
-    for name in ("q", "k", "v", "out"):
+    for name in ("q", "k", "out") if is_fp8 else ("q", "k", "v", "out"):
         tensor = getattr(problem.tensors, name)
         if tensor is not None and not _describable(tensor):
             reasons.append(f"{name}: strides {tensor.stride()} or address")
@@ -204,7 +232,8 @@ def _describable(tensor: torch.Tensor) -> bool:
     """Whether a tensor map can hold the strides and sizes of [..., tokens, heads, dim]."""
     strides = tensor.stride()
     used = [s for s, size in zip(strides, tensor.shape, strict=True) if size > 1]
-    in_steps = all(s > 0 and s % 8 == 0 for s in (*used[:-1], strides[-3])) and strides[-1] == 1
+    step = 16 // tensor.element_size()
+    in_steps = all(s > 0 and s % step == 0 for s in (*used[:-1], strides[-3])) and strides[-1] == 1
     columns = (tensor.shape[-2] - 1) * strides[-2] + tensor.shape[-1]
     fits = columns < MOST and tensor.shape[-3] < WRAP and tensor.shape[0] < WRAP
     return bool(in_steps and fits and max(strides) < 1 << 34 and tensor.data_ptr() % 16 == 0)
@@ -221,10 +250,14 @@ def variant(problem: Problem, chosen: Tile, common: dict[str, Any], **planned: A
     is_chunked = common["attention_chunk"] is not None
     is_padded = problem.tensors.cache_leftpad is not None
     box = min(chosen.block_n, page & -page) if page else chosen.block_n
+    is_fp8 = spec.dtype == torch.float8_e4m3fn
     return Variant(
         BLOCK_M=chosen.block_m,
         BLOCK_N=chosen.block_n,
+        STAGES=chosen.stages,
         CONSUMERS=chosen.consumers,
+        FP8=is_fp8,
+        BYTES=spec.dtype.itemsize,
         D0=chosen.dims[0],
         D1=chosen.dims[1],
         V0=chosen.dims_v[0],
@@ -232,11 +265,13 @@ def variant(problem: Problem, chosen: Tile, common: dict[str, Any], **planned: A
         NAMED=chosen.named,
         PARTIAL=chosen.partial,
         LAZY=chosen.lazy,
+        SLACK=chosen.slack,
+        SHIFT=chosen.shift,
         OWN_OUT=chosen.own_out,
         REGISTERS=chosen.registers[0],
         PRODUCER_REGISTERS=chosen.registers[1],
         BOX=box,
-        ALIGN=box if page else 1,
+        ALIGN=max(box if page else 1, 16 if is_fp8 else 1),
         PAGE_SIZE=page,
         DENSE=spec.query_layout == "dense",
         HEADS_Q=spec.num_heads_q,
@@ -258,31 +293,65 @@ def launches(
     entries: int,
     counter_offset: int,
     **planned: Any,
-) -> tuple[list[tuple[Any, ...]], int]:
-    """(kernel, grid, values, options) of each launch, and the counters they need.
+) -> tuple[list[tuple[Any, ...]], int, int]:
+    """(kernel, grid, values, options) of each launch; the counters and bytes they need.
 
     Programs stay and take tiles, `entries` for each head, from a counter, which a launch before
-    sets to 0 where there are more tiles than programs.
+    sets to 0 where there are more tiles than programs. The bytes are for transposed values.
     """
     tiles = entries * problem.spec.num_heads_q
     programs = min(tiles, max(1, device.num_sms - problem.spec.sm_margin))
     own = {name: planned.pop(name) for name in ("segment", "num_row_tiles")}
     own |= {"tiles": tiles, "counter_offset": counter_offset}
     own["C"] = c = variant(problem, chosen, common, **planned)
-    kernel = Described(views(problem, c, common))
+    if c.FP8:  # heads of transposed values lie that many rows apart
+        common = common | {"v_stride_h": problem.spec.head_dim_v}
+    kernel = Described(views(problem, c, common), "v_transposed_ptr" if c.FP8 else "v_ptr")
     values = {name: common[name] for name in names_of(kernel) if name in common} | own
     steps: list[tuple[Any, ...]] = [(kernel, (programs, 1, 1), values, {"num_warps": 4})]
     if tiles > programs:
         offset = {"counter_offset": counter_offset}
         steps.insert(0, (kernel.reset, (1, 1, 1), offset, {"num_warps": 1}))
-    return steps, 1
+    if not c.FP8:
+        return steps, 1, 0
+    size, row_stride = transposed_shape(problem)
+    steps.insert(0, transposing(problem, common, row_stride, planned["DECODE_ROWS"]))
+    return steps, 1, size
+
+
+def transposed_shape(problem: Problem) -> tuple[int, int]:
+    """(bytes of all, keys of a row) of transposed values, see `transpose.py`."""
+    spec, bounds, tensors = problem.spec, problem.bounds, problem.tensors
+    if spec.key_layout == "packed":
+        keys, batch = -(-tensors.v.shape[0] // 16) + bounds.batch, 1
+    else:
+        keys, batch = -(-bounds.max_seqlen_k // 16), bounds.batch
+    return batch * spec.num_heads_kv * spec.head_dim_v * keys * 16, keys * 16
+
+
+def transposing(
+    problem: Problem, common: dict[str, Any], row_stride: int, decode_rows: int
+) -> tuple[Any, ...]:
+    """The launch that transposes the values."""
+    spec, bounds = problem.spec, problem.bounds
+    tiles = max(1, -(-bounds.max_seqlen_k // TRANSPOSED_KEYS))
+    values = {name: common[name] for name in transpose_kernel.arg_names if name in common}
+    values |= {
+        "row_stride": row_stride,
+        "tiles": tiles,
+        "DECODE_ROWS": decode_rows,
+        "BLOCK_N": TRANSPOSED_KEYS,
+        "BLOCK_DV": triton.next_power_of_2(spec.head_dim_v),
+    }
+    grid = (tiles * spec.num_heads_kv * bounds.batch, 1, 1)
+    return transpose_kernel, grid, values, {"num_warps": 4}
 
 
 @dataclass(frozen=True)
 class View:
     """A tensor descriptor but for its address; see `hopper.py` on its five dimensions."""
 
-    tensor: int  # place among `Described.TENSORS`
+    tensor: int  # place among those of `Described`
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
@@ -298,7 +367,7 @@ def views(problem: Problem, c: Variant, common: dict[str, Any]) -> list[View | N
 
     def width(dim: int) -> int:
         # Boxes lie one after the other within columns of 128 bytes.
-        return dim if c.BOX == c.BLOCK_N else min(dim, 64)
+        return dim if c.BOX == c.BLOCK_N else min(dim, 128 // c.BYTES)
 
     made: list[View | None] = []
     for place, (name, batch_rows, heads, box, panels) in enumerate(
@@ -311,13 +380,30 @@ def views(problem: Problem, c: Variant, common: dict[str, Any]) -> list[View | N
     ):
         dim = spec.head_dim if name in ("q", "k") else spec.head_dim_v
         per_batch, per_token, per_head = (common[f"{name}_stride_{axis}"] for axis in "bth")
+        if name == "v" and c.FP8:
+            made += transposed_views(problem, c)
+            continue
+        dtype = spec.out_dtype if name == "out" else spec.dtype
         shape = (MOST, MOST, batch_rows, WRAP, (heads - 1) * per_head + dim)
         per_batch = per_batch if batch_rows > 1 else per_token
         strides = ((1 << 34) - per_token, per_token, per_batch, per_token, 1)
         for columns in panels:
             block = (1, 1, 1, box, columns)
-            made.append(View(place, shape, strides, block, spec.dtype) if columns else None)
+            made.append(View(place, shape, strides, block, dtype) if columns else None)
     return made
+
+
+def transposed_views(problem: Problem, c: Variant) -> list[View | None]:
+    """Those of transposed values, [batch, heads and dims, keys]; `end` counts blocks of 16 keys."""
+    size, row_stride = transposed_shape(problem)
+    batch = 1 if problem.spec.key_layout == "packed" else problem.bounds.batch
+    rows = problem.spec.num_heads_kv * problem.spec.head_dim_v
+    shape = (MOST, MOST, batch, rows, WRAP)
+    strides = ((1 << 38) - 16, 16, size // batch, row_stride, 1)
+    return [
+        View(3, shape, strides, (1, 1, 1, dim, c.BLOCK_N), problem.spec.dtype) if dim else None
+        for dim in (c.V0, c.V1)
+    ]
 
 
 class Described:
@@ -327,14 +413,13 @@ class Described:
     than launching, so those of an address are kept.
     """
 
-    TENSORS = ("out_ptr", "q_ptr", "k_ptr", "v_ptr")
-
-    def __init__(self, descriptors: Sequence[View | None]) -> None:
+    def __init__(self, descriptors: Sequence[View | None], values: str) -> None:
+        self._tensors = ("out_ptr", "q_ptr", "k_ptr", values)
         self._module = kernel_module()
         self._kernel = self._module.hopper_kernel
         self.reset = self._module.reset_kernel
         self._views = tuple(descriptors)
-        self.arg_names = [*self.TENSORS, *self._kernel.arg_names[len(self._views) :]]
+        self.arg_names = [*self._tensors, *self._kernel.arg_names[len(self._views) :]]
         self.__name__ = self._kernel.__name__
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
@@ -348,7 +433,7 @@ class Described:
     def specialisation(self, given: Sequence[Any]) -> tuple[Hashable, ...]:
         """As `launch.specialisation`: sizes and strides that descriptors hold make no variant."""
         boxes = tuple(None if v is None else (v.dtype, v.block) for v in self._views)
-        rest = given[len(self.TENSORS) :]
+        rest = given[len(self._tensors) :]
         return boxes, *specialisation(self._kernel, (*(None for _ in boxes), *rest))
 
     def warmup(self, *given: Any, grid: tuple[int, int, int], **options: Any) -> Any:
@@ -383,14 +468,14 @@ class Described:
         for param in self._kernel.params:
             view, value = views.get(param.name), values.get(param.name)
             if view is not None:
-                element = "bf16" if view.dtype == torch.bfloat16 else "fp16"
                 block = ", ".join(map(str, view.block))
+                element = ELEMENTS[view.dtype]
                 signature[param.name] = f"tensordesc<{element}[{block}],{self._layout(view)!r}>"
             elif value is None or param.is_constexpr:
                 signature[param.name] = "constexpr"
                 constants[param.name] = value
             elif isinstance(value, torch.Tensor):
-                signature[param.name] = "*" + ELEMENTS[value.dtype]
+                signature[param.name] = "*" + ARGUMENTS[value.dtype]
                 attributes[(param.num,)] = [["tt.divisibility", 16]]
             else:
                 signature[param.name] = "fp32" if isinstance(value, float) else "i32"
@@ -409,7 +494,7 @@ class Described:
             _absent if view is None else _kept(make, view, next(left), before + view.tensor)
             for view in self._views
         ]
-        after = before + len(self.TENSORS)
+        after = before + len(self._tensors)
 
         def by_address(*given: Any) -> None:
             arguments = list(given[:before])
@@ -425,7 +510,7 @@ class Described:
             None
             if view is None
             else descriptor.TensorDescriptor(
-                given[view.tensor],
+                given[view.tensor].view(view.dtype),  # float8 numbers come as bytes
                 list(view.shape),
                 list(view.strides),
                 list(view.block),
@@ -433,11 +518,12 @@ class Described:
             )
             for view in self._views
         ]
-        return [*made, *given[len(self.TENSORS) :]]
+        return [*made, *given[len(self._tensors) :]]
 
     def _layout(self, view: View) -> Any:
         gl = self._module.gl
-        element = getattr(gl, str(view.dtype).removeprefix("torch."))
+        name = str(view.dtype).removeprefix("torch.")
+        element = getattr(gl, {"float8_e4m3fn": "float8e4nv"}.get(name, name))
         return gl.NVMMASharedLayout.get_default_for(list(view.block), element)
 
 

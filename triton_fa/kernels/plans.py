@@ -87,6 +87,7 @@ POINTERS = (
     "full_block_cnt_ptr",
     "full_block_idx_ptr",
     "plan_ptr",
+    "v_transposed_ptr",
     "absent",
     "k_new_ptr",
     "v_new_ptr",
@@ -107,10 +108,11 @@ def call_tensors(
     result: AttnResult,
     part: torch.Tensor | None,
     prefill_plan: torch.Tensor | None,
+    v_transposed: torch.Tensor | None = None,
 ) -> tuple[Any, ...]:
     """What `POINTERS` names up to the None for an absent descriptor.
 
-    `part` and `prefill_plan` are the workspaces of the decode and the prefill path.
+    `part` is the workspace of the decode path, the two behind it are those of the prefill path.
     """
     return (
         result.out,
@@ -135,6 +137,7 @@ def call_tensors(
         tensors.aux,
         *(_NO_LISTS if tensors.blocks is None else tensors.blocks[:4]),
         tensors.scheduler_metadata if prefill_plan is None else prefill_plan,
+        v_transposed,
         None,
     )
 
@@ -217,6 +220,7 @@ class Plan:
     launches: tuple[PlannedLaunch, ...]
     partial_floats: int  # partial results of the decode path, behind them Hopper's tile counter
     plan_entries: int  # int32 entries of the prefill path's plan; 0 where it needs none
+    transposed_bytes: int = 0  # of values, for prefill on Hopper with float8
 
 
 def plan(problem: Problem, device: DeviceFacts) -> Plan:
@@ -237,15 +241,17 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     rows = decode_rows(spec, device, most_rows, varlen_q=varlen_q, mean_rows=mean_rows)
     prefill: tuple[PlannedLaunch, ...] = ()
     decode: tuple[PlannedLaunch, ...] = ()
-    partial_floats = plan_entries = 0
+    partial_floats = plan_entries = transposed = 0
     if rows:
         decode, partial_floats = _decode(problem, device, rows, common)
     if most_rows > rows or not rows:
-        prefill, counters = _prefill(problem, device, rows, most_rows, common, partial_floats)
+        prefill, counters, transposed = _prefill(
+            problem, device, rows, most_rows, common, partial_floats
+        )
         partial_floats += counters
         if any(step.kernel is schedule_kernel for step in prefill):
             plan_entries = metadata_entries(bounds.batch)
-    return Plan(prefill + decode, partial_floats, plan_entries)
+    return Plan(prefill + decode, partial_floats, plan_entries, transposed)
 
 
 def decode_rows(
@@ -558,9 +564,9 @@ def _prefill(
     most_rows: int,
     common: dict[str, Any],
     partial_floats: int,
-) -> tuple[tuple[PlannedLaunch, ...], int]:
-    """The launch of the prefill path, behind the one that plans it where nobody has; and what it
-    needs of the workspace behind that of the decode path.
+) -> tuple[tuple[PlannedLaunch, ...], int, int]:
+    """The launch of the prefill path, behind the one that plans it where nobody has; what it needs
+    of the workspace behind that of the decode path, and its bytes for transposed values.
 
     It is planned where sequences may differ much: then most programs would find no tile.
     """
@@ -589,7 +595,7 @@ def _prefill(
         )
         launches += (schedule(spec, bounds, lengths, device, total_k=common["total_k"]),)
     if on_hopper:
-        steps, counters = hopper_plans.launches(
+        steps, counters, transposed = hopper_plans.launches(
             problem,
             device,
             on_hopper,
@@ -603,7 +609,7 @@ def _prefill(
             BLOCK_B=_block_b(bounds.batch) if is_planned else 0,
             ORDERED=is_planned and bounds.batch <= _block_b(bounds.batch),
         )
-        return (*launches, *(PlannedLaunch(*step) for step in steps)), counters
+        return (*launches, *(PlannedLaunch(*step) for step in steps)), counters, transposed
     block_d = max(16, next_power_of_2(spec.head_dim))
     block_dv = max(16, next_power_of_2(spec.head_dim_v))
     prefill = PlannedLaunch(
@@ -628,7 +634,7 @@ def _prefill(
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
     )
-    return (*launches, prefill), 0
+    return (*launches, prefill), 0, 0
 
 
 def _within_blocks(problem: Problem, tile: PrefillTile) -> tuple[PrefillTile, dict[str, int]]:
