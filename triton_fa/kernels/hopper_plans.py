@@ -413,7 +413,7 @@ class Described:
     than launching, so those of an address are kept.
     """
 
-    def __init__(self, descriptors: Sequence[View | None], values: str) -> None:
+    def __init__(self, descriptors: Sequence[View | None], values: str = "v_ptr") -> None:
         self._tensors = ("out_ptr", "q_ptr", "k_ptr", values)
         self._module = kernel_module()
         self._kernel = self._module.hopper_kernel
