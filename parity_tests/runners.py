@@ -17,9 +17,12 @@ from parity_tests.budgets import Limits, Measures, Result, Truth, judge
 from parity_tests.caches import Appended, Caches, at
 from parity_tests.cases import Case
 from parity_tests.known_differences import BUDGET, CRASH, Difference, known
+from parity_tests.legality import FLOAT8
 from parity_tests.poison import poisoned_allocations
 from triton_fa import dispatch
+from triton_fa.device import facts
 from triton_fa.errors import BackendUnavailableError, UnsupportedError
+from triton_fa.kernels import hopper_plans
 
 Tensor = torch.Tensor
 Ver = str | int
@@ -109,7 +112,9 @@ class Prepared:
         entry = getattr(reference, case.function)
         arguments = _what(case.materialise(device))
         unused = arguments["v_cache"][..., 0, 0].float().isnan() if case.append else None
-        out, lse = entry(**arguments)
+        scores: list[float] = [0.0]
+        more = {"attend": _noting(scores)} if case.dtype in FLOAT8 else {}
+        out, lse = entry(**arguments, **more)
         low_precision: dict[str, Any] = {
             "attend": reference.attend_low_precision,
             "dequantise": reference.dequantise_low_precision,
@@ -128,13 +133,13 @@ class Prepared:
             if rows != sum(case.seqlens_q) * case.heads_q:
                 raise AssertionError(f"the reference is NaN in a row that counts: {case}")
         if unused is None:
-            return cls(case, device, Truth(out, lse, baseline))
+            return cls(case, device, Truth(out, lse, baseline, largest_score=max(scores)))
         k_cache, v_cache = arguments["k_cache"], arguments["v_cache"]
         slots = unused & ~v_cache[..., 0, 0].float().isnan()
         if int(slots.sum()) != sum(case.ends) - sum(case.seqlens_k):
             raise AssertionError(f"the reference did not append what the case says: {case}")
         appended = Appended(slots, at(k_cache, slots), at(v_cache, slots))
-        return cls(case, device, Truth(out, lse, baseline, appended))
+        return cls(case, device, Truth(out, lse, baseline, appended, max(scores)))
 
     def arguments(self, *, poison: bool = True) -> dict[str, Any]:
         """Fresh arguments of the public call."""
@@ -153,6 +158,36 @@ class Prepared:
         }
         self.outs[ver] = mine
         return found
+
+
+def _noting(found: list[float]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The exact attention, which adds the largest |score| before a softcap to `found`."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rules: Any, *more: Any) -> tuple[Tensor, Tensor]:
+        for heads, keys in zip(q.double().chunk(k.shape[1], 1), k.double().unbind(1), strict=True):
+            for rows in heads.split(1024):
+                scores = torch.einsum("qgd,kd->gqk", rows, keys) * rules.softmax_scale
+                found.append(scores.abs().max().item() if scores.numel() else 0.0)
+        return reference.attend(q, k, v, rules, *more)
+
+    return attend
+
+
+def multiplies_in_float8(case: Case, ver: Ver, device: str) -> bool:
+    """Whether a backend may multiply float8 queries and keys as they are, not in 16 bits."""
+    if case.dtype != "float8_e4m3fn":
+        return False
+    if ver == "triton" and device.startswith("cuda"):
+        return hopper_plans.unavailable(facts(torch.device(device))) is None
+    return ver == 3
+
+
+def limits_of(prepared: Prepared, ver: Ver) -> Limits:
+    """The rule for a backend."""
+    limits = Limits.of(prepared.case)
+    if multiplies_in_float8(prepared.case, ver, prepared.device):
+        return limits.of_float8_products(prepared.case, prepared.truth)
+    return limits
 
 
 def _what(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +242,7 @@ def run_backend(prepared: Prepared, ver: Ver, call: Call = public_call) -> Outco
         result = replace(result, caches=Caches(*caches))
     distances = prepared.distances(ver, result.out)
     outcome = functools.partial(outcome, distances=distances)
-    limits = Limits.of(case)
+    limits = limits_of(prepared, ver)
     measures, problems = judge(case, result, prepared.truth, limits)
     if not problems:
         return outcome(AGREES, measures=measures)

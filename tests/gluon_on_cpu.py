@@ -506,6 +506,7 @@ def language() -> types.SimpleNamespace:
     given: dict[str, Any] = {
         "minimum": elementwise(np.minimum),
         "maximum": elementwise(np.maximum),
+        "abs": elementwise(np.abs),
         "exp2": elementwise(np.exp2),
         "log2": elementwise(np.log2),
         "where": where,
@@ -607,6 +608,7 @@ def run(
             "reciprocal": elementwise(np.reciprocal),
             "packed": lambda x, dtype: x.to(dtype),
             "packed8": lambda x: Tensor(to_float8(x.value)),
+            "negated8": lambda x: -x,
             "rescaled": lambda acc, alpha, lazy: acc * alpha[:, None],
         },
     )

@@ -31,7 +31,7 @@ from parity_tests import (
     suite,
     workers,
 )
-from parity_tests.budgets import Limits
+from parity_tests.budgets import LSE_ATOL, Limits
 from parity_tests.cases import Case
 from parity_tests.legality import FLOAT8
 from parity_tests.poison import GARBAGE
@@ -208,6 +208,64 @@ def test_only_float8_queries_have_the_wider_budget() -> None:
         assert (Limits.of(case).max_mult, Limits.of(case).mean_mult) == (4.0, 3.0)
     for case in (OF_EIGHT_BITS[2], MLA):
         assert (Limits.of(case).max_mult, Limits.of(case).mean_mult) == (2.0, 1.5)
+
+
+WIDE = OF_EIGHT_BITS[0].with_changes(head_dim=128, head_dim_v=128, softmax_scale=3.0)
+
+
+@pytest.mark.parametrize("case", [OF_EIGHT_BITS[0], WIDE], ids=["ordinary", "scale 3"])
+@pytest.mark.parametrize(
+    ("spoil", "ver", "verdict"),
+    [
+        (0.7, 3, AGREES),  # of what products of float8 are allowed beside the ordinary limit
+        (1.1, 3, FAILED),
+        (0.7, "torch", FAILED),  # it multiplies in more bits
+        (8 * math.log(2), 3, FAILED),  # the power of two of the weights left in
+        ("q_descale", 3, FAILED),
+        ("k_descale", 3, FAILED),
+    ],
+)
+def test_float8_products_may_be_off_by_their_bits(
+    case: Case, spoil: Any, ver: Any, verdict: str
+) -> None:
+    prepared = Prepared.of(case, "cpu")
+    limit = 2.0**-13 * case.head_dim**0.5 * prepared.truth.largest_score
+    assert limit > 0.002
+
+    def call(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+        out, lse = exact(case, arguments)
+        if isinstance(spoil, str):
+            return out, exact(case, arguments | {spoil: None})[1]
+        return out, lse + (spoil if spoil > 2 else LSE_ATOL + spoil * limit)
+
+    outcome = run_backend(prepared, ver, call)
+    assert outcome.verdict == verdict, outcome.describe()
+    assert verdict == AGREES or "lse error" in "; ".join(outcome.reasons)
+
+
+def test_the_largest_score_is_that_of_any_query_and_key() -> None:
+    case = Case(
+        entry="dense",
+        dtype="float8_e4m3fn",
+        heads_q=4,
+        heads_kv=2,
+        q_layout="batched",
+        kv_layout="batched",
+        page_size=0,
+        causal=True,
+        softcap=3.0,
+        descales="qkv",
+        seqlens_q=(5, 5),
+        seqlens_k=(9, 9),
+    )
+    given = case.materialise("cpu")
+    q, k = given["q"].double(), given["k"].double()
+    q = q * given["q_descale"].double().repeat_interleave(2, 1)[:, None, :, None]
+    k = k * given["k_descale"].double()[:, None, :, None]
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(2, 2))
+    largest = scores.abs().max().item() * case.head_dim**-0.5
+    assert Prepared.of(case, "cpu").truth.largest_score == pytest.approx(largest)
+    assert Prepared.of(CASE, "cpu").truth.largest_score == 0
 
 
 @pytest.mark.parametrize(

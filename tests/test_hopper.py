@@ -31,9 +31,9 @@ from bench.inputs import make_inputs
 from bench.timing import Flusher, capture, interleaved, ratio
 from bench.variants import VARIANTS, bind
 from bench.workloads import PREFILL
-from parity_tests.budgets import Limits, Result, judge
+from parity_tests.budgets import Limits, Result, Truth, judge
 from parity_tests.cases import Case
-from parity_tests.runners import Prepared
+from parity_tests.runners import Prepared, limits_of
 from tests import gluon_on_cpu
 from tests.portability.binary import SASS, cuobjdump, edges, sass
 from tests.portability.cases import mixed, prefill
@@ -78,7 +78,9 @@ def emulated(kernel: hopper_plans.Described, grid: tuple[int, int, int]) -> Call
                 view = views[name]
                 if view is None:
                     return None
-                array = flat(given[view.tensor].view(view.dtype))
+                if view.tensor not in arrays:  # both panels of the result are one copy
+                    arrays[view.tensor] = flat(given[view.tensor].view(view.dtype))
+                array = arrays[view.tensor]
                 size = view.dtype.itemsize
                 return gluon_on_cpu.Descriptor(
                     array, view.shape, view.strides, list(view.block), size
@@ -88,6 +90,7 @@ def emulated(kernel: hopper_plans.Described, grid: tuple[int, int, int]) -> Call
                 return gluon_on_cpu.Pointer(flat(value))
             return gluon_on_cpu.Tensor(value) if isinstance(value, int | float) else value
 
+        arrays: dict[int, np.ndarray] = {}
         arguments = {name: argument(name) for name in kernel._kernel.arg_names}
         launched.append(grid)
         gluon_on_cpu.run(hopper, primitives, arguments, grid[0], seed=7)
@@ -131,7 +134,7 @@ def agrees(case: Case, device: str, **more: Any) -> None:
     arguments = prepared.arguments() | more
     returned = getattr(triton_fa, case.function)(**arguments, ver="triton")
     out, lse = returned if case.lse else (returned, None)
-    _, problems = judge(case, Result(out, lse), prepared.truth, Limits.of(case))
+    _, problems = judge(case, Result(out, lse), prepared.truth, limits_of(prepared, "triton"))
     assert not problems, f"{problems}\n{case.repro_snippet(device=device)}"
 
 
@@ -243,10 +246,15 @@ def test_cache_features(name: str, on_hopper: None, device: str) -> None:
 
 
 FLOAT8 = PACKED.with_changes(dtype="float8_e4m3fn", descales="qkv", heads_q=4, heads_kv=2)
+IN_FLOAT8 = functools.partial(reference.attend_low_precision, weights_dtype=torch.float8_e4m3fn)
 FLOAT8_FEATURES = {
     "dims-64": {"head_dim": 64, "head_dim_v": 64},
+    "dims-96": {"head_dim": 96, "head_dim_v": 96},
     "dims-128": {},
+    "dims-192": {"head_dim": 192, "head_dim_v": 128},
     "dims-256": {"head_dim": 256, "head_dim_v": 256},
+    "large-scale": {"softmax_scale": 3.0},
+    "outgrown": FEATURES["outgrown"],
     "full": {"causal": False},
     "no-descales": {"descales": ""},
     "window": {"causal": False, "window": (40, 7)},
@@ -272,6 +280,31 @@ FLOAT8_CACHE_FEATURES = {
 @pytest.mark.parametrize("name", FLOAT8_FEATURES)
 def test_float8(name: str, on_hopper: None, device: str) -> None:
     agrees(FLOAT8.with_changes(**FLOAT8_FEATURES[name]), device)
+
+
+FLOAT8_DIMS = sorted(hopper_plans.FP8_TILES)
+FACTORS = {"negative": (-0.7, 1.3), "both-negative": (-0.7, -1.3), "zero": (0.0, 1.3)}
+
+
+@pytest.mark.parametrize("head_dim", [128, 192])
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_of_any_sign(name: str, head_dim: int, on_hopper: None, device: str) -> None:
+    """A head's own: the other one's are positive."""
+    case = FLOAT8.with_changes(head_dim=head_dim, seqlens_q=(150, 70), seqlens_k=(300, 200))
+    prepared = Prepared.of(case, device)
+    arguments = prepared.arguments()
+    of_q, of_k = FACTORS[name]
+    arguments["q_descale"][0, 1], arguments["k_descale"][0, 1] = of_q, of_k
+    arguments["v_descale"][1, 0] *= -1
+    what = {n: x for n, x in arguments.items() if n not in ("num_splits", "return_softmax_lse")}
+    exact, exact_lse = reference.flash_attn_varlen_func(**what)
+    baseline, _ = reference.flash_attn_varlen_func(**what, attend=IN_FLOAT8)
+    largest = prepared.truth.largest_score  # no factor above is larger than 1.5
+    truth = Truth(exact, exact_lse, baseline, largest_score=largest)
+    out, lse = triton_fa.flash_attn_varlen_func(**arguments, ver="triton")
+    limits = limits_of(dataclasses.replace(prepared, truth=truth), "triton")
+    _, problems = judge(case, Result(out, lse), truth, limits)
+    assert not problems, problems
 
 
 @pytest.mark.parametrize("name", FLOAT8_CACHE_FEATURES)
@@ -457,6 +490,24 @@ def test_what_the_kernel_does_not_take(
     assert hopper_plans.unavailable(H200) == "TRITON_FA_HOPPER=0"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for chips that are not here")
+def test_more_transposed_values_than_are_kept(fresh: pytest.MonkeyPatch) -> None:
+    case = FLOAT8.with_changes(seqlens_q=(3,), seqlens_k=(70,), head_dim=64, head_dim_v=64)
+    problem = a_problem(case, fresh)
+    fresh.setenv("TRITON_FA_HOPPER", "1")
+    settings.cache_clear()
+    fresh.setattr(hopper_plans, "INTERPRETED", False)
+    size, row_stride = hopper_plans.transposed_shape(problem)
+    assert size == 2 * 64 * row_stride
+    assert row_stride == 96  # 70 keys, and a block for where each sequence begins
+    assert hopper_plans.MOST_TRANSPOSED == 2 << 30
+    fresh.setattr(hopper_plans, "MOST_TRANSPOSED", size)
+    assert hopper_plans.refusals(problem, H200) == []
+    fresh.setattr(hopper_plans, "MOST_TRANSPOSED", size - 1)
+    reasons = [f"transposed values take {size} bytes"]
+    assert hopper_plans.refusals(problem, H200) == reasons
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is chosen where it was run")
 def test_it_is_chosen_on_versions_it_was_run_on(fresh: pytest.MonkeyPatch) -> None:
     fresh.setattr(hopper_plans, "INTERPRETED", False)
@@ -524,6 +575,16 @@ def test_long_sequences(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), FLOAT8_DIMS)
+@pytest.mark.parametrize("softmax_scale", [None, 3.0])
+def test_long_sequences_in_float8(
+    head_dim: int, head_dim_v: int, softmax_scale: float | None, on_hopper: None, device: str
+) -> None:
+    case = LONG.with_changes(dtype="float8_e4m3fn", descales="qkv", softmax_scale=softmax_scale)
+    agrees(case.with_changes(head_dim=head_dim, head_dim_v=head_dim_v), device)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("page_size", [8, 16, 64, 128, 256])
 def test_long_caches(page_size: int, on_hopper: None, device: str) -> None:
     agrees(
@@ -540,11 +601,14 @@ def test_long_caches(page_size: int, on_hopper: None, device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("head_dim", "head_dim_v"), DIMS)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "head_dim_v"),
+    [("bfloat16", *dims) for dims in DIMS] + [("float8_e4m3fn", *dims) for dims in FLOAT8_DIMS],
+)
 def test_repeats_are_bit_equal(
-    head_dim: int, head_dim_v: int, on_hopper: None, device: str
+    dtype: str, head_dim: int, head_dim_v: int, on_hopper: None, device: str
 ) -> None:
-    case = LONG.with_changes(head_dim=head_dim, head_dim_v=head_dim_v)
+    case = LONG.with_changes(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v)
     arguments = Prepared.of(case, device).arguments()
     first, first_lse = triton_fa.flash_attn_varlen_func(**arguments, ver="triton")
     for _ in range(300):
@@ -683,6 +747,7 @@ def test_speed(row: Any, fresh: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 # ---------------------------------------------------------------- what the compiler makes of it
 
+DESCALE = torch.zeros(2, 2)
 HALF_SINKS = torch.zeros(8, dtype=torch.float16)
 COMPILED: dict[str, Callable[[], object]] = {
     "128": prefill(),
@@ -691,8 +756,16 @@ COMPILED: dict[str, Callable[[], object]] = {
     ),
     "96-page-16": mixed(dim=96, most=256),
     "256-full": prefill(dim=256, causal=False),
+    "64-e4m3": prefill(dim=64, dtype=torch.float8_e4m3fn),
+    "96-e4m3": prefill(dim=96, dtype=torch.float8_e4m3fn),
+    "128-e4m3": prefill(dtype=torch.float8_e4m3fn, q_descale=DESCALE, k_descale=DESCALE),
+    "192-128-e4m3": prefill(dim=192, dim_v=128, dtype=torch.float8_e4m3fn),
+    "256-e4m3": prefill(dim=256, dtype=torch.float8_e4m3fn),
 }
+PRODUCTS = {"HGMMA", "QGMMA"}  # of 16 and of 8 bits
 INSTRUCTIONS = {"128": 500, "64-window-softcap": 800, "96-page-16": 560, "256-full": 500}
+INSTRUCTIONS |= {"64-e4m3": 430, "96-e4m3": 490, "128-e4m3": 470, "192-128-e4m3": 490}
+INSTRUCTIONS |= {"256-e4m3": 570}
 """Most that a warp may execute for a key tile without a mask; at the power limit, speed is this."""
 
 
@@ -785,7 +858,7 @@ def key_tiles(code: str) -> list[dict[str, int]]:
                     body.add(at)
                     left += flow.predecessors(at)
             loops.setdefault(begin, set()).update(body)
-    busy = {b: body for b, body in loops.items() if any(names[i] == "HGMMA" for i in body)}
+    busy = {b: body for b, body in loops.items() if any(names[i] in PRODUCTS for i in body)}
     inner = [
         body
         for begin, body in busy.items()
@@ -794,7 +867,7 @@ def key_tiles(code: str) -> list[dict[str, int]]:
     return [
         {
             "instructions": len(body),
-            "products": sum(names[i] == "HGMMA" for i in body),
+            "products": sum(names[i] in PRODUCTS for i in body),
             "barriers": sum(names[i] == "BAR" for i in body),
             "local": sum(lines[i].local for i in body),
         }

@@ -325,8 +325,10 @@ HOPPER |= {
     "hopper-64-window-sinks": prefill(LONG, dim=64, window_size=(128, 0), sinks=sinks(8)),
     "hopper-256-softcap": prefill(LONG, dim=256, softcap=50.0, window_size=(4096, 0)),
     "hopper-64-e4m3": prefill(LONG, dim=64, dtype=E4M3),
+    "hopper-96-e4m3": prefill(LONG, dim=96, dtype=E4M3),
     "hopper-128-e4m3": prefill(LONG, dtype=E4M3),
     "hopper-128-e4m3-page-16": mixed(most=LONG, dtype=E4M3),
+    "hopper-192,128-e4m3": prefill(LONG, dim=192, dim_v=128, dtype=E4M3),
     "hopper-256-e4m3": prefill(LONG, dim=256, dtype=E4M3),
 }
 CASES = CORE | LARGE | TILES | FEATURES | HOPPER

@@ -53,10 +53,11 @@ RENAMED = gl.constexpr(gluon_names().public_reinterpret)
 
 # Hardware barriers. Triton takes 0, 1 and one for each partition from 2 on; the tests look.
 TURN = gl.constexpr(5)  # 5, 6, 7: a consumer's turn at the tensor cores
-KEYS_FREE = gl.constexpr(8)  # 8 to 11: all consumers have left a stage of keys
-VALUES_FREE = gl.constexpr(12)  # 12 to 15: and of values
+KEYS_FREE = gl.constexpr(8)  # 8, 9: all consumers have left a stage of keys
+VALUES_FREE = gl.constexpr(10)  # 10, 11: and of values
 
 WRAP = gl.constexpr(1 << 30)
+STAGES = gl.constexpr(2)  # tile i of keys, or of values, is in stage i & 1
 WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # a number in each of four warps' lanes
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # a number in each lane of one warp
 BROADCAST = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))  # eight numbers in every thread
@@ -142,6 +143,13 @@ def packed8(x):
         is_pure=False,
         pack=4,
     )
+
+
+@gluon.jit
+def negated8(x):
+    """Float8 numbers with the other sign."""
+    bits = x.to(gl.int8, bitcast=True) ^ -128
+    return bits.to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.constexpr_function
@@ -289,18 +297,6 @@ def receive(i, box):
 
 
 @gluon.jit
-def stage_of(i, C: gl.constexpr):
-    """Where tile i of keys, or of values, is."""
-    return i & (C.STAGES - 1)
-
-
-@gluon.jit
-def phase_of(i, C: gl.constexpr):
-    """Parity of how often its stage was filled before: of 1, 2 or 4 stages."""
-    return (i >> C.STAGES // 2) & 1
-
-
-@gluon.jit
 def load(desc, ready, box, at, live, column):
     """A box of rows from (batch row or page, token) `at` on, `live` of which exist."""
     live = gl.maximum(live, 0)
@@ -315,7 +311,7 @@ def load_panel(panel, ready, i, b, at, live, column, DIM: gl.constexpr, C: gl.co
     WIDTH: gl.constexpr = desc.block_shape[4]
     PARTS: gl.constexpr = DIM // WIDTH
     for part in gl.static_range(PARTS):
-        box = boxes.index((stage_of(i, C) * PARTS + part) * BOXES + b)
+        box = boxes.index(((i & 1) * PARTS + part) * BOXES + b)
         load(desc, ready, box, at, live, column + part * WIDTH)
 
 
@@ -353,11 +349,11 @@ def free_stage(i, barriers, FREE: gl.constexpr, C: gl.constexpr):
     """Wait until all consumers have left the stage of tile i; the barrier of its being full."""
     full, empty = barriers
     if C.NAMED:
-        if i >= C.STAGES:
-            barrier_sync(FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
+        if i >= STAGES:
+            barrier_sync(FREE + (i & 1), C.CONSUMERS * 128 + 32)
     else:
-        mbarrier.wait(empty.index(stage_of(i, C)), phase_of(i, C) ^ 1)
-    return full.index(stage_of(i, C))
+        mbarrier.wait(empty.index(i & 1), ((i >> 1) & 1) ^ 1)
+    return full.index(i & 1)
 
 
 @gluon.jit
@@ -381,9 +377,9 @@ def load_values(source, i, span, place, pages, C: gl.constexpr):
         ready = free_stage(i, barriers, VALUES_FREE, C)
         mbarrier.expect(ready, C.BLOCK_N * (C.V0 + C.V1))
         at = (place[2], place[3] + key)
-        load_transposed(panels[0], ready, stage_of(i, C), at, end - key, row)
+        load_transposed(panels[0], ready, i & 1, at, end - key, row)
         if C.V1:
-            load_transposed(panels[1], ready, stage_of(i, C), at, end - key, row + C.V0)
+            load_transposed(panels[1], ready, i & 1, at, end - key, row + C.V0)
     else:
         load_keys(source, i, span, place, pages, VALUES_FREE, C.V0, C.V1, C)
 
@@ -499,9 +495,9 @@ def producer(given, C: gl.constexpr):
             sent += 1
     send(sent, (-1, 0, 0, 0, 0, 0, 0), box)
     if C.NAMED:  # leave no arrival behind in the hardware barriers
-        for i in range(gl.maximum(loaded - C.STAGES, 0), loaded):
-            barrier_sync(KEYS_FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
-            barrier_sync(VALUES_FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
+        for i in range(gl.maximum(loaded - STAGES, 0), loaded):
+            barrier_sync(KEYS_FREE + (i & 1), C.CONSUMERS * 128 + 32)
+            barrier_sync(VALUES_FREE + (i & 1), C.CONSUMERS * 128 + 32)
 
 
 # ---------------------------------------------------------------- the consumers
@@ -510,7 +506,7 @@ def producer(given, C: gl.constexpr):
 @gluon.jit
 def await_tile(i, barriers, C: gl.constexpr):
     """Wait for key tile i."""
-    mbarrier.wait(barriers[0].index(stage_of(i, C)), phase_of(i, C))
+    mbarrier.wait(barriers[0].index(i & 1), (i >> 1) & 1)
 
 
 @gluon.jit
@@ -520,9 +516,9 @@ def leave_stage(i, barriers, FREE: gl.constexpr, C: gl.constexpr):
     An mbarrier costs a barrier of the consumer's warps, a hardware barrier one instruction.
     """
     if C.NAMED:
-        barrier_arrive(FREE + stage_of(i, C), C.CONSUMERS * 128 + 32)
+        barrier_arrive(FREE + (i & 1), C.CONSUMERS * 128 + 32)
     else:
-        mbarrier.arrive(barriers[1].index(stage_of(i, C)), count=1)
+        mbarrier.arrive(barriers[1].index(i & 1), count=1)
 
 
 @gluon.jit
@@ -530,10 +526,10 @@ def raw_scores(queries, keys, i, SCORES: gl.constexpr, C: gl.constexpr):
     """The products of queries and key tile i, begun."""
     ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
     scores = gl.full([ROWS, C.BLOCK_N], 0.0, gl.float32, layout=SCORES)
-    k = keys[0][1].index(stage_of(i, C)).permute((1, 0))
+    k = keys[0][1].index(i & 1).permute((1, 0))
     scores = warpgroup_mma(queries[0], k, scores, use_acc=False, is_async=True)
     if C.D1:
-        k = keys[1][1].index(stage_of(i, C)).permute((1, 0))
+        k = keys[1][1].index(i & 1).permute((1, 0))
         scores = warpgroup_mma(queries[1], k, scores, is_async=True)
     return scores
 
@@ -542,9 +538,9 @@ def raw_scores(queries, keys, i, SCORES: gl.constexpr, C: gl.constexpr):
 def value_tile(panel, i, C: gl.constexpr):
     """Values [keys, dim] of key tile i."""
     if C.FP8:
-        return panel[1].index(stage_of(i, C)).permute((1, 0))
+        return panel[1].index(i & 1).permute((1, 0))
     else:
-        return panel[1].index(stage_of(i, C))
+        return panel[1].index(i & 1)
 
 
 @gluon.jit
@@ -711,7 +707,7 @@ def stage_out(acc, factor, row_sum, smem):
 
 @gluon.jit
 def descaled(scale, head, seq_idx, descales):
-    """The scale of one kv head's scores, and the factor of its values."""
+    """The scale of one kv head's scores, of any sign, and the factor of its values."""
     q_descale_ptr, k_descale_ptr, v_descale_ptr, strides = descales
     factor = 1.0
     if q_descale_ptr is not None:
@@ -721,6 +717,30 @@ def descaled(scale, head, seq_idx, descales):
     if v_descale_ptr is not None:
         factor = descale_of(v_descale_ptr, head, seq_idx, strides[4], strides[5])
     return scale, factor
+
+
+@gluon.jit
+def with_sign(queries, factor, C: gl.constexpr):
+    """Negate a consumer's queries where their factor is negative, for scores of a positive one."""
+    if factor < 0:
+        negate(queries[0])
+        if C.D1:
+            negate(queries[1])
+        fence_async_shared()
+        warps_barrier()
+
+
+@gluon.jit
+def negate(smem):
+    """All float8 numbers of a block in shared memory, by one consumer."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+    smem.store(negated8(smem.load(LAYOUT)))
+
+
+@gluon.jit
+def positive(scale):
+    """The size of a factor; one of 0 stays a factor, of scores that may be -inf."""
+    return gl.where(gl.abs(scale) < 1e-30, 1e-30, gl.abs(scale))
 
 
 @gluon.jit
@@ -773,6 +793,7 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.V0, DEPTH])
     OF_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     PANELS: gl.constexpr = 2 if C.V1 else 1
+    IS_SCALED: gl.constexpr = descales[0] is not None or descales[1] is not None
     mine = rows_of(queries, CONSUMER, C)
     if CONSUMER == C.CONSUMERS - 1:
         barrier_arrive(TURN, 256)  # the first turn is consumer 0's
@@ -784,11 +805,16 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         key += (count - 1) * C.BLOCK_N
         first_row = token + CONSUMER * ROWS
         rows = (first_row, seqlen_q, seqlen_k, padding)
-        scale, descale = descaled(scales[0], head // C.GROUP, seq_idx, descales)
+        signed, descale = descaled(scales[0], head // C.GROUP, seq_idx, descales)
+        scale = scales[0]
+        if IS_SCALED:
+            scale = positive(signed)
         of_tile = (scale, scales[1])
         shared = (mine, keys, values, k_barriers, v_barriers, windows, of_tile)
         # The right-most key tile: there is nothing to overlap with.
         mbarrier.wait(q_barriers[0].index(CONSUMER), got & 1)
+        if IS_SCALED:
+            with_sign(mine, signed, C)
         await_tile(i, k_barriers, C)
         scores = warpgroup_mma_wait(0, deps=[raw_scores(mine, keys, i, SCORES, C)])
         leave_stage(i, k_barriers, KEYS_FREE, C)
@@ -984,11 +1010,11 @@ def hopper_kernel(
     """
     ROWS: gl.constexpr = C.BLOCK_M // C.CONSUMERS
     queries = panels_of((q_desc, q_tail_desc), C.CONSUMERS, ROWS, C.D0, C.D1)
-    keys = panels_of((k_desc, k_tail_desc), C.STAGES, C.BLOCK_N, C.D0, C.D1)
+    keys = panels_of((k_desc, k_tail_desc), STAGES, C.BLOCK_N, C.D0, C.D1)
     if C.FP8:
-        values = transposed_panels((v_desc, v_tail_desc), C.STAGES, C.BLOCK_N, C.V0, C.V1)
+        values = transposed_panels((v_desc, v_tail_desc), STAGES, C.BLOCK_N, C.V0, C.V1)
     else:
-        values = panels_of((v_desc, v_tail_desc), C.STAGES, C.BLOCK_N, C.V0, C.V1)
+        values = panels_of((v_desc, v_tail_desc), STAGES, C.BLOCK_N, C.V0, C.V1)
     if C.OWN_OUT:
         outs = panels_of((out_desc, out_tail_desc), C.CONSUMERS, ROWS, C.V0, C.V1)
     else:
@@ -997,8 +1023,8 @@ def hopper_kernel(
     messages = barrier_pair(2, C.CONSUMERS)
     box = (slots, messages[0], messages[1])
     q_barriers = barrier_pair(C.CONSUMERS, 1)
-    k_barriers = barrier_pair(C.STAGES, C.CONSUMERS)
-    v_barriers = barrier_pair(C.STAGES, C.CONSUMERS)
+    k_barriers = barrier_pair(STAGES, C.CONSUMERS)
+    v_barriers = barrier_pair(STAGES, C.CONSUMERS)
     fence_async_shared()
     lengths = (
         cu_seqlens_q_ptr,
