@@ -404,9 +404,10 @@ def test_both_paths_in_one_call(on_hopper: None, device: str) -> None:
     agrees(case.with_changes(num_splits=0), device)
 
 
-def test_wrong_lengths_stay_inside(on_hopper: None, device: str) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_wrong_lengths_stay_inside(dtype: str, on_hopper: None, device: str) -> None:
     """Prefix sums, lengths and pages that are nonsense; the emulation checks every address."""
-    prepared = Prepared.of(CACHED, device)
+    prepared = Prepared.of(CACHED.with_changes(dtype=dtype), device)
     arguments = prepared.arguments()
     arguments["cu_seqlens_q"] += torch.tensor([-9, 99999, -5, 2**30], device=device).int()
     arguments["cache_seqlens"].fill_(2**30)
@@ -700,16 +701,17 @@ def test_two_streams_at_once(on_hopper: None, device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("direct", ["0", "1"])
 def test_launches_agree(
-    direct: str, on_hopper: None, fresh: pytest.MonkeyPatch, device: str
+    direct: str, dtype: str, on_hopper: None, fresh: pytest.MonkeyPatch, device: str
 ) -> None:
     """By Triton's dispatcher and by addresses; other tensors after the first come by address."""
     fresh.setenv("TRITON_FA_DIRECT_LAUNCH", direct)
     settings.cache_clear()
     api._RECORDS.clear()
     for seed in range(4):
-        agrees(RAGGED.with_changes(dtype="bfloat16", seed=seed), device)
+        agrees(RAGGED.with_changes(dtype=dtype, seed=seed), device)
 
 
 @pytest.mark.gpu
