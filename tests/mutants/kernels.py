@@ -956,6 +956,49 @@ HOPPER = (
     ),
 )
 
+TRANSPOSE = (
+    Mutant(
+        "transpose-order",
+        "transpose.py",
+        "+ (place >> 1 & 1) * 8 + (place >> 2 & 3) * 2 + (place & 1)",
+        "+ (place & 15)",
+        "values stay in the order of their keys, weights do not",
+        ("tests/test_hopper.py::test_float8[dims-128]",),
+    ),
+    Mutant(
+        "transpose-padding",
+        "transpose.py",
+        "(key >= padding) & (key < seqlen_k)",
+        "(key < seqlen_k)",
+        "NaN in the left padding reaches the product",
+        ("tests/test_hopper.py::test_float8_caches[dense-left-padding]",),
+    ),
+    Mutant(
+        "transpose-end",
+        "transpose.py",
+        "& (key < seqlen_k)",
+        "& (key < seqlen_k + 16)",
+        "values behind the last key are not zeros",
+        ("tests/test_hopper.py::test_float8_caches[page-48]",),
+    ),
+    Mutant(
+        "transpose-begin",
+        "transpose.py",
+        "v_transposed_ptr += (first_k // 16 + seq_idx) * 16",
+        "v_transposed_ptr += first_k // 16 * 16",
+        "packed sequences share blocks",
+        ("tests/test_hopper.py::test_float8[dims-128]",),
+    ),
+    Mutant(
+        "transpose-head",
+        "transpose.py",
+        "v_ptr += head.to(tl.int64) * v_stride_h",
+        "v_ptr += head.to(tl.int64) * 0",
+        "all heads are the first one's values",
+        ("tests/test_hopper.py::test_float8[dims-128]",),
+    ),
+)
+
 MUTANTS = (
     *PRIMITIVES,
     *LINE,
@@ -966,4 +1009,5 @@ MUTANTS = (
     *APPEND,
     *MERGE,
     *HOPPER,
+    *TRANSPOSE,
 )
