@@ -10,8 +10,11 @@ import torch
 
 from triton_fa.api import flash_attn_with_kvcache, get_scheduler_metadata
 
-MOST_TOKENS = 1 << 14
-"""Of a warm-up call, beyond its bound: no kernel depends on more."""
+MEAN_ROWS = 32
+"""Query rows a kv head of the mean sequence; with more of them no bound is seen to overstate (see
+`decode_rows` in `kernels.plans`)."""
+FULL_ROWS = 1 << 16
+"""Query rows of all heads, more than the tiles that a chip computes at the same time."""
 
 Variant = tuple[int, int]
 """(batch, max_seqlen_q) of a call that stands for all calls that compile to the same kernels."""
@@ -126,30 +129,44 @@ def warmup(
     return done
 
 
-def _tokens(batch: int, most: int) -> list[int]:
+def _tokens(model: Model, batch: int, most: int) -> list[int]:
     """Numbers of query tokens that lead to kernels of their own: how far `most` overstates.
 
     Whatever they are, the lengths say that there is one for each sequence.
     """
-    means = [1 << i for i in range(most.bit_length()) if batch << i <= MOST_TOKENS]
-    return sorted({max(batch * mean, most) for mean in means} | {max(batch, most)})
+    group = model.num_heads_q // model.num_heads_kv
+    means = [1 << i for i in range(most.bit_length()) if i == 0 or group << i <= MEAN_ROWS]
+    full = min(batch * most, FULL_ROWS // model.num_heads_q)
+    return sorted({max(tokens, most) for tokens in (*(batch * mean for mean in means), full)})
+
+
+def _table_widths(model: Model) -> list[int]:
+    """Pages of a sequence: a window that reaches over all of them is no window."""
+    most = -(-model.max_seqlen_k // model.page_size)
+    reach = model.window_size[0] + 1
+    return [most, *([1] if model.page_size <= reach < most * model.page_size else [])]
 
 
 def run_variant(model: Model, variant: Variant) -> Variant:
     """Compile the kernels of one variant."""
+    for width in _table_widths(model):
+        _run(model, variant, width)
+    return variant
+
+
+def _run(model: Model, variant: Variant, table_width: int) -> None:
     batch, most = variant
     where, dtype = torch.device(model.device), model.dtype
     page = (1, model.page_size, model.num_heads_kv)
     k_cache = torch.zeros(*page, model.head_dim, dtype=dtype, device=where)
     v_cache = torch.zeros(*page, model.head_dim_v, dtype=dtype, device=where)
     lengths = torch.ones(batch, dtype=torch.int32, device=where)
-    width = -(-model.max_seqlen_k // model.page_size)
-    table = torch.zeros(batch, width, dtype=torch.int32, device=where)
+    table = torch.zeros(batch, table_width, dtype=torch.int32, device=where)
     cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=where)
     metadata = get_scheduler_metadata(
         batch,
         most,
-        model.max_seqlen_k,
+        table_width * model.page_size,
         model.num_heads_q,
         model.num_heads_kv,
         model.head_dim,
@@ -164,7 +181,7 @@ def run_variant(model: Model, variant: Variant) -> Variant:
         ver="triton",
     )
     sinks = torch.zeros(model.num_heads_q, dtype=dtype, device=where) if model.sinks else None
-    for tokens, plan in product(_tokens(batch, most), (metadata, None)):
+    for tokens, plan in product(_tokens(model, batch, most), (metadata, None)):
         flash_attn_with_kvcache(
             torch.zeros(tokens, model.num_heads_q, model.head_dim, dtype=dtype, device=where),
             k_cache,
@@ -181,4 +198,3 @@ def run_variant(model: Model, variant: Variant) -> Variant:
             scheduler_metadata=plan,
             ver="triton",
         )
-    return variant
