@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FA3 = sorted((RESULTS / "earlier").glob("*.json"))
 COPIED = RESULTS / "exploratory" / "2026-11-20-h200.json"
+COMMITTED = RESULTS / "2026-11-20-h200.html"
+"""The page of all result files beside it."""
+OTHER_KERNELS = "Measured beside other kernel sources than those of this checkout."
 SMALL, LARGE, CHUNK = "1x1024.32/8x128.p16", "16x8192.32/8x128.p16", "16x1024.32/8x128"
 WHERE = {
     "gpu": "NVIDIA H200",
@@ -167,43 +170,66 @@ def expectations(path: Path) -> dict[tuple[str, str], dict[str, float | None]]:
     """What may stand in a table of measured rows, straight from the JSON."""
     content = json.loads(path.read_text())
     roof = ROOFS[content["environment"]["gpu"]]
+    rows = {row["name"]: row for row in content["rows"]}
     expected = {}
-    for row in content["rows"]:
-        base = row["variants"].get("3", {})
-        for label, v in row["variants"].items():
-            times = {c: v.get(f"{c}_us") for c in ("clean", "dirty", "chain", "schedule")}
-            us = {c: statistics.median(t) if t else None for c, t in times.items()}
-            clean = us["clean"]
-            rates = (row["bytes"] / clean / 1e6, row["flops"] / clean / 1e6) if clean else None
-            expected[row["name"], label] = {
-                "MB": row["bytes"] / 1e6,
-                "GFLOP": row["flops"] / 1e9,
+    for name, row in rows.items():
+        variants = row.get("variants", {})
+        plain = rows.get(find(name).plain, {}).get("variants", {})
+        layers = find(name).layers if row.get("phase") != "metadata" else 0
+        for label, v in variants.items():
+            us = {c: median(v.get(f"{c}_us")) for c in ("clean", "dirty", "chain", "schedule")}
+            clean, plain_us = us["clean"], median(plain.get(label, {}).get("clean_us"))
+            own = layers / clean / 1e6 if clean else 0.0
+            rates = (row["bytes"] * own, row["flops"] * own)
+            near = max(rates[0] / roof.tb_per_s, rates[1] / roof.tflop_per_s)
+            base = variants.get("3", {}) if label != "3" else {}
+            expected[name, label] = {
+                "MB": row["bytes"] / 1e6 or None,
+                "GFLOP": row["flops"] / 1e9 or None,
                 **{f"µs {c}": us[c] for c in ("clean", "dirty", "chain")},
                 "schedule µs": us["schedule"],
-                "TB/s": rates and rates[0],
-                "TFLOP/s": rates and rates[1],
-                "of roof": rates and max(rates[0] / roof.tb_per_s, rates[1] / roof.tflop_per_s),
-                "x FA3": statistics.median(base["clean_us"]) / clean
-                if label != "3" and clean and base
-                else None,
+                "TB/s": rates[0] or None,
+                "TFLOP/s": rates[1] or None,
+                "of roof": near if all(rates) else None,
+                "added µs": clean - plain_us if clean and plain_us else None,
+                "x plain": plain_us / clean if clean and plain_us else None,
+                "x FA3": quotient(base.get("clean_us"), v.get("clean_us")),
+                "x FA3 chain": quotient(base.get("chain_us"), v.get("chain_us")),
                 "workspace bytes": v.get("workspace_bytes"),
                 "first call s": v.get("first_call_s"),
                 "of it compiling s": v.get("compile_s"),
                 "launches": v.get("launches"),
                 "deviation": v.get("deviation"),
             }
+        host = row.get("host_us", {})
+        for label, us in host.items():
+            over = None if label == "3" else host["3"] / us
+            expected[name, label] = {"host µs": us, "x FA3 host": over}
     return expected
 
 
+def median(bursts: list[float] | None) -> float | None:
+    return statistics.median(bursts) if bursts else None
+
+
+def quotient(base: list[float] | None, own: list[float] | None) -> float | None:
+    """Of the times of the same burst."""
+    return median([b / o for b, o in zip(base, own, strict=True)]) if base and own else None
+
+
 def agrees(line: dict[str, str], want: dict[str, float | None]) -> bool:
-    """Whether cells hold these numbers: to three digits, or two after the point."""
+    """Whether cells hold these numbers, and no number has no cell: to three digits, or two after
+    the point."""
+    if any(value is not None and heading not in line for heading, value in want.items()):
+        return False
     for heading, cell in line.items():
         if heading in ("row", "backend", "remark"):
             continue
-        if (cell == "") != (want[heading] is None):
+        value = want.get(heading)
+        if (cell == "") != (value is None):
             return False
         tolerance = 0.05 if heading == "deviation" else 0.006
-        if cell and float(cell) != pytest.approx(want[heading], rel=tolerance, abs=0.0051):
+        if cell and float(cell) != pytest.approx(value, rel=tolerance, abs=0.0051):
             return False
     return True
 
@@ -255,15 +281,48 @@ def test_merging_has_rates_and_no_keys(tmp_path: Path) -> None:
     assert "keys of the longest sequence" not in text
 
 
-def test_the_committed_page_holds_the_committed_numbers() -> None:
-    lines = Page(
-        (RESULTS / "earlier" / "2026-11-20-h200.html").read_text(encoding="utf-8")
-    ).measured
+def sections(text: str) -> dict[str, str]:
+    """What a page says of each file, by the file's name."""
+    parts = re.split(r'<h2 id="file\d+">([^<]*)</h2>', text)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_committed_page_holds_every_number_of_the_committed_files() -> None:
+    found = sections(COMMITTED.read_text(encoding="utf-8"))
+    files = sorted(RESULTS.glob("*.json"))
+    assert list(found) == [f"{RESULTS.name}/{path.name}" for path in files]
+    for path, text in zip(files, found.values(), strict=True):
+        shown, expected = Page(text), expectations(path)
+        assert {(x["row"], x["backend"]) for x in shown.measured} == expected.keys()
+        assert len(shown.measured) == len(expected)
+        for line in shown.measured:
+            assert agrees(line, expected[line["row"], line["backend"]]), line
+        environment = dict(shown.tables[0][1:])
+        for name, value in json.loads(path.read_text())["environment"].items():
+            words = value.values() if isinstance(value, dict) else [value]
+            assert all(str(word) in environment.get(name, "") for word in words if word), name
+
+
+def test_the_committed_page_is_what_the_report_makes_of_the_committed_files(tmp_path: Path) -> None:
+    """But for a remark, which depends on the kernels, and the drawings' ids and outlines."""
+
+    def comparable(text: str) -> tuple[str, list[str]]:
+        rest = re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+        return rest.replace(f"<li>{OTHER_KERNELS}</li>\n", ""), re.findall(r"<text.*?</text>", text)
+
+    again = comparable(html(*sorted(RESULTS.glob("*.json")), to=tmp_path))
+    assert comparable(COMMITTED.read_text(encoding="utf-8")) == again
+
+
+def test_the_earlier_page_holds_the_earlier_numbers() -> None:
+    """It was made before there were all of today's columns."""
+    page = RESULTS / "earlier" / "2026-11-20-h200.html"
+    lines = Page(page.read_text(encoding="utf-8")).measured
     files = [expectations(path) for path in FA3]
     assert len(lines) == sum(map(len, files))
     for line in lines:
-        key = (line["row"], line["backend"])
-        assert any(agrees(line, file[key]) for file in files if key in file), line
+        wanted = [file.get((line["row"], line["backend"]), {}) for file in files]
+        assert any(agrees(line, {n: w[n] for n in w.keys() & line.keys()}) for w in wanted), line
 
 
 def test_environment_failures_and_means_are_on_the_page(full: Path, tmp_path: Path) -> None:
@@ -415,12 +474,11 @@ def test_what_was_written_reads_back(full: Path) -> None:
 
 
 def test_results_of_other_kernels_say_so(full: Path) -> None:
-    said = "Measured beside other kernel sources than those of this checkout."
-    assert said not in load(full).remarks
+    assert OTHER_KERNELS not in load(full).remarks
     content = json.loads(full.read_text())
     content["environment"]["kernel_digest"] = "0" * 16
     full.write_text(json.dumps(content))
-    assert said in load(full).remarks
+    assert OTHER_KERNELS in load(full).remarks
 
 
 RECORDED = f"""

@@ -24,7 +24,7 @@ from tests.portability.targets import TARGETS
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
-CALLS = 120  # of each model
+CALLS = 80  # of each model
 MODELS: dict[str, dict[str, Any]] = {
     "64/8x64": {"page_size": 64, "max_seqlens_q": (1, 8, 600), "max_batch": 40},
     "32/8x128": {"page_size": 16, "max_seqlens_q": (1, 1500), "max_batch": 300},
