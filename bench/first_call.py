@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,9 @@ from bench.variants import VARIANTS
 from bench.workloads import Workload, find
 
 ROWS = ("1x1024.32/8x128.p16", "16x1024.32/8x128")
-LABELS = "triton,4"
+PORTABLE = "triton-portable"
+"""The prefill kernel that every chip has, where there is one for the chip alone."""
+LABELS = f"triton,{PORTABLE},4"
 CACHES = ("cold", "warm")
 # Where Triton, CuTe DSL and FA4 keep what they compiled. FA4 keeps it on disk only when asked to.
 FOLDERS = ("TRITON_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
@@ -60,12 +63,15 @@ def child(module: str, *arguments: str, caches: Path, env: Mapping[str, str]) ->
 
 def fresh(label: str, row: Workload, device: str, repeat: int) -> dict[str, Outcome]:
     """A backend's outcomes with cold and with warm caches, medians of several processes each."""
+    variant, env = label, dict(os.environ)
+    if label == PORTABLE:
+        variant, env = "triton", env | {"TRITON_FA_HOPPER": "0"}
     seen: dict[str, list[dict[str, Any]]] = {cache: [] for cache in CACHES}
     for _ in range(repeat):
         with tempfile.TemporaryDirectory() as folder:
             for cache in CACHES:
-                arguments = (label, row.name, device)
-                found = child("bench.fresh", *arguments, caches=Path(folder), env=os.environ)[-1]
+                arguments = (variant, row.name, device)
+                found = child("bench.fresh", *arguments, caches=Path(folder), env=env)[-1]
                 if "skipped" in found:
                     return {label: Outcome(skipped=found["skipped"])}
                 seen[cache].append(found)
@@ -73,27 +79,39 @@ def fresh(label: str, row: Workload, device: str, repeat: int) -> dict[str, Outc
 
 
 def summarised(found: Sequence[dict[str, Any]]) -> Outcome:
-    compiled = [f["compile_s"] for f in found if f["compile_s"] is not None]
+    """Medians over processes; which kernel took how long to compile is the note's."""
+    kernels: dict[str, list[float]] = {}
+    for process in found:
+        for kernel, took in process["compiled"]:
+            kernels.setdefault(kernel, []).append(took)
+    totals = [sum(took for _, took in f["compiled"]) for f in found if f["compiled"]]
+    each = [f"{kernel} {median(took):.2f} s" for kernel, took in kernels.items()]
     return Outcome(
         first_call_s=median(f["first_call_s"] for f in found),
-        compile_s=median(compiled) if compiled else None,
-        note=f"median of {len(found)} processes",
+        compile_s=median(totals) if totals else None,
+        note="; ".join([f"median of {len(found)} processes", *each]),
     )
 
 
-def measure(labels: Sequence[str], device: str, repeat: int) -> list[Measurement]:
-    measurements = []
-    for row in map(find, ROWS):
-        outcomes: dict[str, Outcome] = {}
-        for label in labels:
-            outcomes |= fresh(label, row, device, repeat)
-        measurements.append(Measurement(row, outcomes, mandatory_bytes(row), flops(row)))
-    return measurements
+def measure(labels: Sequence[str], device: str, repeat: int, jobs: int) -> list[Measurement]:
+    rows = [find(name) for name in ROWS]
+    # Decoding has one kernel for all chips.
+    wanted = {row: [x for x in labels if x != PORTABLE or row.phase == "prefill"] for row in rows}
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {
+            row: [pool.submit(fresh, label, row, device, repeat) for label in wanted[row]]
+            for row in rows
+        }
+        outcomes = {
+            row: {label: o for done in running[row] for label, o in done.result().items()}
+            for row in rows
+        }
+    return [Measurement(row, outcomes[row], mandatory_bytes(row), flops(row)) for row in rows]
 
 
 def text(measurements: Sequence[Measurement]) -> str:
     rows = [
-        [m.row.name, label, seconds(o.first_call_s), seconds(o.compile_s), o.skipped]
+        [m.row.name, label, seconds(o.first_call_s), seconds(o.compile_s), o.skipped or o.note]
         for m in measurements
         for label, o in m.outcomes.items()
     ]
@@ -127,15 +145,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench first-call", description=__doc__)
     parser.add_argument("--backend", default=LABELS, help=f"a list  [{LABELS}]")
     parser.add_argument("--repeat", type=int, default=3, help="processes for each number")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="measure so many at a time: quicker, less exact  [1]"
+    )
     parser.add_argument("--target", metavar="CHIP", help="compile for CHIP (sm_90, ...) only")
     parser.add_argument("--commit", default="", help="recorded where git cannot tell")
     parser.add_argument("--output", type=Path, help="write the result file here")
     options = parser.parse_args(arguments)
     options.labels = options.backend.split(",")
-    if unknown := [label for label in options.labels if label not in VARIANTS]:
-        parser.error(f"--backend: expected some of {','.join(VARIANTS)}, got {unknown}")
-    if options.repeat < 1:
-        parser.error(f"--repeat: expected at least 1, got {options.repeat}")
+    if unknown := [label for label in options.labels if label not in (*VARIANTS, PORTABLE)]:
+        parser.error(
+            f"--backend: expected some of {','.join((*VARIANTS, PORTABLE))}, got {unknown}"
+        )
+    for name in ("repeat", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if options.target and options.output:
         parser.error("--output: compiling for another chip is no result to keep")
     return options
@@ -151,7 +175,7 @@ def main(arguments: list[str]) -> int:
             sys.stdout.write(cross_compiled(options.target) + "\n")
             return 0
         where = environment.describe(options.commit)
-        measurements = measure(options.labels, "cuda", options.repeat)
+        measurements = measure(options.labels, "cuda", options.repeat, options.jobs)
     except RuntimeError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from bench.compilations import compilations
+from bench.compilations import Compilation, compilations
 from bench.inputs import make_inputs
 from bench.workloads import find
 
@@ -26,7 +26,7 @@ def first_call(label: str, name: str, device: str) -> dict[str, object]:
     inputs = make_inputs(find(name), torch.device(device))
     wait(inputs.q)
     # Watching imports Triton, which is not a cost of other backends.
-    watched: AbstractContextManager[list[float]] = nullcontext([])
+    watched: AbstractContextManager[list[Compilation]] = nullcontext([])
     if label.startswith("triton"):
         watched = compilations()
     begin = time.perf_counter()
@@ -40,7 +40,7 @@ def first_call(label: str, name: str, device: str) -> dict[str, object]:
             return {"skipped": str(error)}
         wait(inputs.q)
     seconds = time.perf_counter() - begin
-    return {"first_call_s": seconds, "compile_s": sum(compiled) if compiled else None}
+    return {"first_call_s": seconds, "compiled": compiled}
 
 
 if __name__ == "__main__":

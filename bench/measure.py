@@ -79,7 +79,7 @@ def first_call(label: str, inputs: Inputs, outcome: Outcome) -> tuple[Bound, tor
         if inputs.q.is_cuda:
             torch.cuda.synchronize()
     outcome.first_call_s = time.perf_counter() - begin
-    outcome.compile_s = sum(compiled) if compiled else None
+    outcome.compile_s = sum(c.seconds for c in compiled) if compiled else None
     outcome.note = bound.note
     if inputs.row.new:  # the next variant writes there, too
         outcome.deviation, outcome.against = appended(inputs), "fp32"

@@ -594,9 +594,10 @@ def test_compilations_are_those_that_no_cache_had() -> None:
     before = triton.knobs.compilation.listener
     with compilations() as seen:
         listener = triton.knobs.compilation.listener
-        listener(times=SimpleNamespace(total=2_500_000), cache_hit=False, src=None)
-        listener(times=SimpleNamespace(total=1_000), cache_hit=True, src=None)
-    assert seen == [2.5]
+        about = {"src": None, "metadata": {"name": "merge_kernel"}}
+        listener(times=SimpleNamespace(total=2_500_000), cache_hit=False, **about)
+        listener(times=SimpleNamespace(total=1_000), cache_hit=True, **about)
+    assert seen == [("merge_kernel", 2.5)]
     assert triton.knobs.compilation.listener is before
 
 

@@ -657,7 +657,8 @@ def test_warm_processes_find_the_caches_of_cold_ones(monkeypatch: pytest.MonkeyP
     def child(*_: str, caches: Path, env: object) -> list[dict[str, float]]:
         warm = caches in seen
         seen.append(caches)
-        return [{"first_call_s": 1.0 if warm else 5.0 + len(seen), "compile_s": 4.0}]
+        compiled = [] if warm else [("decode_kernel", 3.0), ("combine_kernel", 1.0)]
+        return [{"first_call_s": 1.0 if warm else 5.0 + len(seen), "compiled": compiled}]
 
     monkeypatch.setattr(first_call, "child", child)
     outcomes = first_call.fresh("triton", find(SMALL), "cpu", repeat=3)
@@ -665,7 +666,34 @@ def test_warm_processes_find_the_caches_of_cold_ones(monkeypatch: pytest.MonkeyP
     assert not any(folder.exists() for folder in seen)
     assert outcomes["triton, warm"].first_call_s == 1.0
     assert outcomes["triton, cold"].first_call_s == 8.0  # of 6, 8 and 10
-    assert outcomes["triton, cold"].note == "median of 3 processes"
+    assert outcomes["triton, cold"].compile_s == 4.0
+    assert outcomes["triton, warm"].compile_s is None
+    assert outcomes["triton, warm"].note == "median of 3 processes"
+    assert outcomes["triton, cold"].note == (
+        "median of 3 processes; decode_kernel 3.00 s; combine_kernel 1.00 s"
+    )
+
+
+def test_the_portable_prefill_stands_beside_the_chip_s_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, str, str | None]] = []
+
+    def child(_: str, label: str, row: str, __: str, *, caches: Path, env: dict[str, str]) -> Any:
+        seen.append((label, find(row).phase, env.get("TRITON_FA_HOPPER")))
+        return [{"first_call_s": 1.0, "compiled": []}]
+
+    monkeypatch.setattr(first_call, "child", child)
+    monkeypatch.delenv("TRITON_FA_HOPPER", raising=False)
+    decode, prefill = first_call.measure(["triton", first_call.PORTABLE], "cpu", 1, jobs=2)
+    assert decode.outcomes.keys() == {"triton, cold", "triton, warm"}
+    both = {"triton-portable, cold", "triton-portable, warm"}
+    assert prefill.outcomes.keys() == decode.outcomes.keys() | both
+    assert {*seen} == {
+        ("triton", "decode", None),
+        ("triton", "prefill", None),
+        ("triton", "prefill", "0"),
+    }
 
 
 @pytest.mark.slow
