@@ -190,6 +190,16 @@ def tests_gpu(session: nox.Session) -> None:
     session.run(*command, "-m", "not gpu", env=hidden, external=True)
 
 
+@nox.session(default=False)
+def browser(session: nox.Session) -> None:
+    """The pages of results in headless Chromium (Debian's package chromium)."""
+    if not shutil.which("chromium"):
+        session.skip("no chromium on PATH: apt-get install chromium")
+    session.install(*CONSTRAINTS, "-e", ".[bench,test]")
+    test = "tests/test_bench_report.py::test_the_page_renders_in_a_browser"
+    session.run("python", "-m", "pytest", "-q", test, env=TEST_ENV)
+
+
 @nox.session(venv_backend="none", default=False)
 def bench(session: nox.Session) -> None:
     """Benchmarks in this environment: ``nox -s bench -- decode --rows b16``."""

@@ -107,6 +107,25 @@ def test_the_performance_table_is_what_the_committed_result_says(tmp_path: Path)
     assert [float(x) for x in other] == pytest.approx([2 * float(x) for x in shown], abs=0.02)
 
 
+UNITS = r"µs|us|ms|s|seconds|[GT]B/s|TFLOP/s|%|x|\N{MULTIPLICATION SIGN}|times"
+FIGURE = re.compile(
+    rf"\d+(?:\.\d+)?\s?(?:{UNITS})(?= (?:faster|slower)|[\s.,;:)]|$)|\d\.\d\d(?![\d.])"
+)
+
+
+def test_every_figure_of_the_readme_is_made_from_committed_results() -> None:
+    """Those of the performance table are, by the tests above: there are no others."""
+    before, _, rest = README.read_text().partition("<!-- performance:begin -->")
+    made, _, after = rest.partition("<!-- performance:end -->")
+    assert len(FIGURE.findall(made)) >= 20
+    assert FIGURE.findall("It takes 20.5 µs, is 2x faster, 1.11 times, at 4 TB/s and 97 %.") == [
+        *("20.5 µs", "2x", "1.11 times", "4 TB/s", "97 %"),
+    ]
+    versions = r"(?:Python|torch|Triton) \d[\d.]*"
+    prose = re.sub(rf"```.*?```|`[^`]*`|{versions}", "", before + after, flags=re.DOTALL)
+    assert FIGURE.findall(prose) == []
+
+
 def headings(path: Path) -> set[str]:
     """Anchors as GitHub makes them."""
     titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
