@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,6 +181,35 @@ def test_a_directory_that_cannot_be_written(
     assert len(warnings()) == 1
 
 
+def _as_nobody() -> None:
+    """Read and write as a user who may not write there; exits 0 if both do as they should."""
+    if os.getuid() == 0:
+        os.setuid(65534)
+    logging.disable()
+    assert store.read(KEY) == VALUE
+    assert store.write(KEY, {"tile": "new"}) is None
+    assert store.write(KEY | {"rows": 1}, VALUE) is None
+    assert store.read(KEY) == VALUE
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_directory_of_another_user(fresh: pytest.MonkeyPatch) -> None:
+    """What the kernel refuses, for pytest's own directories are closed to other users whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        fresh.setenv("TRITON_FA_CACHE_DIR", folder)
+        store.settings.cache_clear()
+        store.write(KEY, VALUE)
+        store.directory().chmod(0o555)
+        before = state(store.directory())
+        process = multiprocessing.get_context("fork").Process(target=_as_nobody)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert state(store.directory()) == before
+        store.directory().chmod(0o755)
+
+
 def test_an_entry_that_may_not_be_read(
     fresh: pytest.MonkeyPatch, where: Path, warnings: Callable[[], list[str]]
 ) -> None:
@@ -209,18 +239,31 @@ def test_without_a_home_directory_there_is_no_store(
     store._warned.clear()
 
 
-def _killed_while_writing() -> None:
+def _killed_while_writing(half: bool) -> None:
+    """By SIGKILL, with half of the text on disk, or all of it and not yet in its place."""
+
     def kill(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def write_half(path: Path, text: str) -> None:
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        kill()
+
+    if half:
+        Path.write_text = write_half  # type: ignore[assignment,method-assign]
     os.replace = kill  # type: ignore[assignment]
     store.write(KEY, {"tile": "half"})
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_writer_that_is_killed(where: Path, warnings: Callable[[], list[str]]) -> None:
+@pytest.mark.parametrize("half", [True, False])
+def test_a_writer_that_is_killed(
+    where: Path, warnings: Callable[[], list[str]], half: bool
+) -> None:
     store.write(KEY, VALUE)
-    process = multiprocessing.get_context("fork").Process(target=_killed_while_writing)
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=_killed_while_writing, args=(half,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -238,7 +281,7 @@ def test_a_writer_that_is_killed(where: Path, warnings: Callable[[], list[str]])
 def _write_often(letter: str) -> None:
     # Long enough that a reader could see a part of it.
     for i in range(150):
-        store.write(KEY, {"tile": letter * 20000, "round": i})
+        assert store.write(KEY, {"tile": letter * 20000, "round": i}) is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
