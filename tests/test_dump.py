@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from click.testing import CliRunner, Result
 
 import triton_fa
@@ -282,6 +285,106 @@ def test_packed_lengths_are_invented_in_order() -> None:
     assert made.tolist() == [0, 3, 6, 10]
     assert dump._invented("cu_seqlens_k", [4], bounds, [20, 2, 16]).tolist() == [0, 6, 13, 20]
     assert dump._invented("cu_seqlens_q", [1], bounds, [20, 2, 16]).tolist() == [0]
+
+
+@triton.jit
+def half_scores(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return score * tl.load(aux[0])
+
+
+@triton.jit
+def early_keys(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    return kv_idx < 16 + 0 * q_idx
+
+
+def with_functions(device: str, **changes: Any) -> Arguments:
+    """32 queries in blocks of 16, of which the first block of keys is seen whole."""
+    counts = torch.zeros(1, 1, 2, dtype=torch.int32, device=device)
+    lists = torch.zeros(1, 1, 2, 2, dtype=torch.int32, device=device)
+    given = {
+        **{name: torch.randn(32, 2, 16, device=device).half() for name in ("q", "k", "v")},
+        "cu_seqlens_q": ints(0, 32, device=device),
+        "cu_seqlens_k": ints(0, 32, device=device),
+        "max_seqlen_q": 32,
+        "max_seqlen_k": 32,
+        "score_mod": half_scores,
+        "mask_mod": early_keys,
+        "aux_tensors": [torch.full((1,), 0.5, device=device)],
+        "block_sparse_tensors": triton_fa.BlockSparseTensors(
+            counts, lists, torch.ones_like(counts), lists, block_size=(16, 16)
+        ),
+        "ver": "triton",
+    }
+    return given | changes
+
+
+def failing_with_functions(patch: pytest.MonkeyPatch, where: Path, given: Arguments) -> Path:
+    with patch.context() as inner:
+        fail_launches(inner, RuntimeError("x"))
+        with pytest.raises(RuntimeError, match="x"):
+            triton_fa.flash_attn_varlen_func(**given)
+    (path,) = where.iterdir()
+    return path
+
+
+def test_a_call_with_functions_is_replayed_by_their_names(
+    fresh: pytest.MonkeyPatch, where: Path, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh.setenv("TRITON_FA_DUMP_VALUES", "1")
+    given = with_functions(device)
+    path = failing_with_functions(fresh, where, given)
+    assert "replay --functions runs it" in caplog.text
+    found = dump.load(path)
+    assert found.made_up == []
+    problem = dump.problem(found, torch.device(device), functions=True)
+    assert problem.spec.score_mod is half_scores
+    assert problem.spec.mask_mod is early_keys
+    lists = problem.tensors.blocks
+    assert lists is not None
+    for mine, theirs in zip(lists, given["block_sparse_tensors"], strict=True):
+        same = torch.equal if isinstance(theirs, torch.Tensor) else operator.eq
+        assert same(mine, theirs)
+    assert problem.tensors.aux is not None
+    assert [x.tolist() for x in problem.tensors.aux] == [[0.5]]
+    run, _ = dispatch.prepare("triton", problem)
+    want = triton_fa.flash_attn_varlen_func(**given)
+    assert torch.equal(run(problem.tensors).out, want)
+    assert replay(path, "--device", device, "--functions").exit_code == 0
+
+
+def test_functions_are_not_imported_unasked(
+    fresh: pytest.MonkeyPatch, where: Path, device: str
+) -> None:
+    path = failing_with_functions(fresh, where, with_functions(device))
+    fresh.setattr(importlib, "import_module", lambda name: pytest.fail(f"imported {name}"))
+    with pytest.raises(ArgumentValueError, match="half_scores is imported with --functions only"):
+        dump.problem(dump.load(path), torch.device(device))
+
+
+def test_a_function_that_cannot_be_imported_is_said_at_once(
+    fresh: pytest.MonkeyPatch, where: Path, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    @triton.jit
+    def local(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+        return score * 0.5
+
+    path = failing_with_functions(fresh, where, with_functions(device, score_mod=local))
+    assert "cannot be replayed, for score_mod is" in caplog.text
+    assert "local" in caplog.text
+    done = replay(path, "--device", device, "--functions")
+    assert done.exit_code == 1
+    assert "score_mod: a file cannot hold" in done.output
+
+
+@pytest.mark.parametrize("reference", ["no_such_module:f", "triton_fa:no_such_function", ":", "os"])
+def test_a_function_that_is_not_there(
+    fresh: pytest.MonkeyPatch, where: Path, device: str, reference: str
+) -> None:
+    path = failing_with_functions(fresh, where, with_functions(device))
+    found = dump.load(path)
+    found.header["spec"]["mask_mod"] = {"function": reference}
+    with pytest.raises(ArgumentValueError, match="mask_mod: "):
+        dump.problem(found, torch.device(device), functions=True)
 
 
 # ---------------------------------------------------------------- replay

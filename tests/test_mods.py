@@ -420,6 +420,8 @@ def some_lists(**changed: Any) -> dict[str, Any]:
         (some_lists() | {"block_sparse_tensors": 3}, ArgumentTypeError, "BlockSparseT.*, got int"),
         (some_lists(block_size=None), ArgumentTypeError, "block_size: expected .queries, keys"),
         (some_lists(block_size=(16, 20)), ArgumentValueError, "multiples of 16, got"),
+        (some_lists(block_size=(16, 2**20 + 16)), ArgumentValueError, "at most 1048576, got"),
+        (some_lists(block_size=(2**31, 16)), ArgumentValueError, "at most 1048576, got"),
         (some_lists(full_block_cnt=None), ArgumentError, "full_block_cnt and full_block_idx"),
         (some_lists(cu_total_m_blocks=ONE), ArgumentError, "cu_total_m_blocks: expected None"),
         (some_lists(mask_block_cnt=ONE), ArgumentError, "mask_block_cnt: expected 3 dim"),

@@ -1,12 +1,14 @@
 """A call that failed in the Triton backend, as one file: `TRITON_FA_DUMP_DIR`.
 
 The file holds the spec, the bounds and every tensor's form, and the values of all but queries, keys
-and values: lengths, page tables, sinks. `TRITON_FA_DUMP_VALUES=1` adds those. It is loaded without
-running code of its own. What goes wrong here never hides the error that the file is about.
+and values: lengths, page tables, sinks. `TRITON_FA_DUMP_VALUES=1` adds those. A score_mod or a
+mask_mod is held as the name it can be imported by. Loading runs no code, but for the import of
+those where that is asked for. What goes wrong here never hides the error that the file is about.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import itertools
@@ -26,7 +28,7 @@ import torch
 from triton_fa.backends.base import Run
 from triton_fa.env import settings
 from triton_fa.errors import ArgumentValueError, TritonFAError
-from triton_fa.problem import Append, AttnResult, Problem, Tensors
+from triton_fa.problem import Append, AttnResult, BlockSparseTensors, Problem, Tensors
 from triton_fa.spec import AttnSpec, Bounds
 
 FORMAT = 1
@@ -34,6 +36,8 @@ MOST_FILES = 16
 """A process writes no more: one that fails in every step would fill the disk."""
 DATA = {"q", "k", "v", "qv", "out", "append.k", "append.v"}
 """What a user's text can be told from: kept on request only."""
+FUNCTIONS = ("score_mod", "mask_mod")
+"""Fields of a spec that are functions of the caller's."""
 SMALL = 1 << 22  # elements of any other tensor whose values are kept
 _logger = logging.getLogger("triton_fa")
 _numbers = itertools.count()
@@ -110,8 +114,17 @@ def write(problem: Problem, tensors: Tensors, error: Exception) -> Path | None:
     except Exception as problem_here:  # noqa: BLE001  # must not hide `error`
         _logger.warning("the failed call cannot be written: %s", problem_here)
         return None
-    _logger.warning("the failed call is in %s; python -m triton_fa replay runs it", path)
+    _logger.warning("the failed call is in %s; %s", path, _how_to_run(problem.spec))
     return path
+
+
+def _how_to_run(spec: AttnSpec) -> str:
+    functions = {name: getattr(spec, name) for name in FUNCTIONS}
+    given = {name: _reference(f) for name, f in functions.items() if f is not None}
+    for name, reference in given.items():
+        if not _is_importable(reference):
+            return f"it cannot be replayed, for {name} is {reference}, which cannot be imported"
+    return f"python -m triton_fa replay {'--functions ' if given else ''}runs it"
 
 
 def load(path: Path) -> Dump:
@@ -133,15 +146,24 @@ def load(path: Path) -> Dump:
     return Dump(header, values)
 
 
-def problem(dump: Dump, device: torch.device, seed: int = 0) -> Problem:
+def problem(dump: Dump, device: torch.device, seed: int = 0, *, functions: bool = False) -> Problem:
     """The dumped call on `device`, random where the file holds no values.
+
+    Args:
+        dump: What `load` returned.
+        device: Where its tensors are made.
+        seed: Of values that are made up.
+        functions: Import the score_mod and the mask_mod, which runs the modules they are in.
 
     Raises:
         ArgumentValueError: this version cannot tell what the file says.
     """
     rng = torch.Generator(device).manual_seed(seed)
     bounds = Bounds(**_fields(Bounds, dump.header["bounds"]))
-    spec = AttnSpec(**(_fields(AttnSpec, dump.header["spec"]) | {"device": device}))
+    fields_of_spec = dict(dump.header["spec"])
+    called = {n: _function(n, fields_of_spec.pop(n, None), functions) for n in FUNCTIONS}
+    plain = _fields(AttnSpec, fields_of_spec | dict.fromkeys(FUNCTIONS))
+    spec = AttnSpec(**(plain | called | {"device": device}))
     given: dict[str, Any] = {}
     for name, form in dump.header["tensors"].items():
         _value(name, form)
@@ -149,18 +171,38 @@ def problem(dump: Dump, device: torch.device, seed: int = 0) -> Problem:
         if value is None and not _dtype(form["dtype"]).is_floating_point:
             value = _invented(name, form["shape"], bounds, dump.header["tensors"]["k"]["shape"])
         given[name] = _tensor(form, value, rng)
-    appended = {n.removeprefix("append."): given.pop(n) for n in [*given] if n.startswith("append")}
-    append = Append(**appended) if appended else None
-    return Problem(spec, bounds, Tensors(**given, append=append), dump.header["return_lse"])
+    groups: dict[str, dict[str, Any]] = {"append": {}, "blocks": {}, "aux": {}}
+    for name in [*given]:
+        group, is_member, member = name.partition(".")
+        if is_member:
+            groups[group][member] = given.pop(name)
+    block_size = dump.header["block_size"]
+    tensors = Tensors(
+        **given,
+        append=Append(**groups["append"]) if groups["append"] else None,
+        blocks=BlockSparseTensors(**groups["blocks"], block_size=tuple(block_size))
+        if block_size
+        else None,
+        aux=tuple(groups["aux"].values()) or None,
+    )
+    return Problem(spec, bounds, tensors, dump.header["return_lse"])
+
+
+def _named(tensors: Tensors) -> dict[str, Any]:
+    """The tensors by name, members of a group as `group.member`."""
+    named = tensors._asdict()
+    append, blocks, aux = (named.pop(name) for name in ("append", "blocks", "aux"))
+    members = {
+        "append": append._asdict() if append else {},
+        "blocks": blocks._replace(block_size=None)._asdict() if blocks else {},
+        "aux": dict(enumerate(aux or ())),
+    }
+    named |= {f"{group}.{n}": t for group, found in members.items() for n, t in found.items()}
+    return {name: given for name, given in named.items() if given is not None}
 
 
 def _contents(problem: Problem, tensors: Tensors, error: Exception) -> dict[str, Any]:
-    named = tensors._asdict()
-    append = named.pop("append")
-    del named["blocks"]  # they come with a function, which no file can hold
-    if append is not None:
-        named |= {f"append.{name}": tensor for name, tensor in append._asdict().items()}
-    named = {name: given for name, given in named.items() if given is not None}
+    named = _named(tensors)
     values, missing = _values({n: t for n, t in named.items() if isinstance(t, torch.Tensor)})
     header = {
         "format": FORMAT,
@@ -171,10 +213,14 @@ def _contents(problem: Problem, tensors: Tensors, error: Exception) -> dict[str,
         },
         "versions": versions(),
         "device": _device_name(problem.spec.device),
-        "spec": {f.name: _plain(getattr(problem.spec, f.name)) for f in fields(AttnSpec)},
+        "spec": {
+            f.name: (_called if f.name in FUNCTIONS else _plain)(getattr(problem.spec, f.name))
+            for f in fields(AttnSpec)
+        },
         "bounds": {f.name: _plain(getattr(problem.bounds, f.name)) for f in fields(Bounds)},
         "return_lse": problem.return_lse,
         "tensors": {name: _form(given) for name, given in named.items()},
+        "block_size": None if tensors.blocks is None else tensors.blocks.block_size,
         "missing": missing,
     }
     return {"header": json.dumps(header), "values": values}
@@ -256,6 +302,39 @@ def _plain(value: object) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return {"object": repr(value)}
+
+
+def _called(function: Any) -> Any:
+    return None if function is None else {"function": _reference(function)}
+
+
+def _reference(function: Any) -> str:
+    """`module:name` of a jit function, or whatever else is told of it."""
+    plain = getattr(function, "fn", function)  # a jit function knows the Python function it is of
+    return f"{plain.__module__}:{plain.__qualname__}"
+
+
+def _is_importable(reference: str) -> bool:
+    """Whether another process finds a function by this name."""
+    return "<" not in reference and not reference.startswith("__main__:")
+
+
+def _function(name: str, found: Any, wanted: bool) -> Any:
+    """The function that a file names."""
+    match found:
+        case None:
+            return None
+        case {"function": str(reference)} if not _is_importable(reference):
+            raise ArgumentValueError(f"{name}: a file cannot hold {reference}")
+        case {"function": str(reference)} if not wanted:
+            raise ArgumentValueError(f"{name}: {reference} is imported with --functions only")
+        case {"function": str(reference)}:
+            module, _, path = reference.partition(":")
+            try:
+                return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+            except (AttributeError, ImportError, ValueError) as error:
+                raise ArgumentValueError(f"{name}: {reference}: {error}") from error
+    raise ArgumentValueError(f"{name}: expected the name of a function, got {found!r}")
 
 
 def _fields(kind: type[Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from triton_fa.problem import Append, BlockSparseTensors, Lengths, Problem, Tens
 from triton_fa.spec import AttnSpec, Bounds, KeyLayout, QueryLayout, metadata_entries
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_BLOCK = 1 << 20
+"""Queries or keys of a listed block: past it their products with counts could leave 32 bits."""
 FP8_DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
@@ -256,6 +258,10 @@ def _check_blocks(tensors: Tensors, options: Options, batch: int, max_seqlen_q: 
     for size in sizes:
         if require_int(f"{name}.block_size", size, 16) % 16:
             raise ArgumentValueError(f"{name}.block_size: expected multiples of 16, got {sizes}")
+        if size > LARGEST_BLOCK:
+            raise ArgumentValueError(
+                f"{name}.block_size: expected at most {LARGEST_BLOCK}, got {sizes}"
+            )
     if (blocks.full_block_cnt is None) is not (blocks.full_block_idx is None):
         raise ArgumentError(f"{name}: expected full_block_cnt and full_block_idx, or neither")
     heads_q, heads_kv = tensors.q.shape[-2], tensors.k.shape[-2]

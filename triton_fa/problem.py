@@ -37,7 +37,7 @@ class BlockSparseTensors(NamedTuple):
         where several query heads share a kv head, heads must be.
     full_block_cnt, full_block_idx: the same of the full blocks, or None without any.
     cu_total_m_blocks, cu_block_idx_offsets: None; lists packed over sequences are not taken.
-    block_size: (queries, keys) of a block, multiples of 16.
+    block_size: (queries, keys) of a block, multiples of 16 up to 2**20.
     """
 
     mask_block_cnt: torch.Tensor

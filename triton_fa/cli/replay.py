@@ -17,13 +17,18 @@ from triton_fa.problem import AttnResult, Problem
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @options.device(options.gpu_or_cpu)
 @click.option("--seed", default=0, show_default=True, help="Of the values that are made up.")
-def command(file: Path, device: torch.device, seed: int) -> None:
+@click.option(
+    "--functions",
+    is_flag=True,
+    help="Import the call's score_mod and mask_mod: runs their modules.",
+)
+def command(file: Path, device: torch.device, seed: int, functions: bool) -> None:
     """Run the call in FILE again. Fails if the call does.
 
     FILE is what TRITON_FA_DUMP_DIR had written. Values that it does not hold are random.
     """
     found = dump.load(file)
-    problem = dump.problem(found, device, seed)
+    problem = dump.problem(found, device, seed, functions=functions)
     where = ", ".join(f"{k} {v}" for k, v in found.header["versions"].items() if v)
     click.echo(f"then: {found.error}")
     click.echo(f"      on {found.header['device']}; {where}")
