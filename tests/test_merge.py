@@ -36,7 +36,9 @@ def close(found: torch.Tensor, exact: torch.Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(found.double(), exact, atol=atol, rtol=atol)
 
 
-@example(17, 1, 2, 3, 257, 0)  # one more part, and one more dim, than a block holds
+@example(33, 1, 2, 3, 257, 0)  # one more part, and one more dim, than a block holds
+@example(1, 1, 5, 8, 5, 0)  # rows whose parts are all empty,
+@example(1, 1, 5, 8, 5, 4)  # some by a log-sum of +inf
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from([1, 2, 3, 8, 17, 128, 256]),

@@ -35,13 +35,28 @@ def log_sums(ptr, offsets, mask):
 
 
 @triton.jit
-def log_weights(old, lse):
-    """(new maximum, what to raise 2 to the difference from) of sums whose maximum was `old`.
+def finite(top):
+    """What exponents are relative to: a maximum, or 0 of nothing, as -inf - (-inf) is NaN."""
+    return tl.where(top == NEG_INF, 0.0, top)
 
-    The second is 0 while all are empty, which would otherwise compute -inf - (-inf).
+
+@triton.jit
+def merge_weights(before, highest, lse):
+    """(maximum, weight of the sums so far, weights of what `lse` belongs to).
+
+    `before` was the maximum so far, `highest` is that of `lse`, all in base 2.
     """
-    top = tl.maximum(old, lse)
-    return top, tl.where(top == NEG_INF, 0.0, top)
+    top = tl.maximum(before, highest)
+    base = finite(top)
+    weights = tl.exp2(lse - base)
+    return top, tl.exp2(before - base), weights
+
+
+@triton.jit
+def partial_results(ptr, offsets, mask, lse):
+    """Partial results, 0 where they are empty. Loading them does not wait for their sums."""
+    part = tl.load(ptr + offsets, mask=mask, other=0.0)
+    return tl.where((lse > NEG_INF)[:, None], part, 0.0)
 
 
 @triton.jit(do_not_specialize=ROWS)
@@ -92,25 +107,17 @@ def merge_splits_kernel(
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (dims < DIM)[None, :]
     wide = (dims.to(tl.int64) * part_stride_d)[None, :]
-    # Loads of the partial results wait for nothing: what an empty one holds is dropped after.
     if BLOCK_R == 1:
-        top = NEG_INF + 0.0 * splits
-        total = 0.0 * splits
+        top = tl.full([], NEG_INF, tl.float32)
+        total = tl.full([], 0.0, tl.float32)
         acc = tl.zeros([BLOCK_D], tl.float32)
         for start in tl.range(0, splits, BLOCK_P):
             split = start + tl.arange(0, BLOCK_P).to(tl.int64)
             there = split < splits
             lse = log_sums(lse_part_ptr, split * lse_part_stride_s + lse_row, there)
-            part = tl.load(
-                part_ptr + (split * part_stride_s + part_row)[:, None] + wide,
-                mask=there[:, None] & inside,
-                other=0.0,
-            )
-            part = tl.where((lse > NEG_INF)[:, None], part, 0.0)
-            before = top
-            top, base = log_weights(before, tl.max(lse, 0))
-            weights = tl.exp2(lse - base)
-            again = tl.exp2(before - base)
+            offsets = (split * part_stride_s + part_row)[:, None] + wide
+            part = partial_results(part_ptr, offsets, there[:, None] & inside, lse)
+            top, again, weights = merge_weights(top, tl.max(lse, 0), lse)
             total = total * again + tl.sum(weights, 0)
             acc = acc * again + tl.sum(part * weights[:, None], 0)
         result = acc * tl.where(total > 0, 1.0 / total, 0.0)
@@ -129,16 +136,9 @@ def merge_splits_kernel(
                 split = start + tl.full([BLOCK_R], here, tl.int64)
                 there = real & (split < splits)
                 lse = log_sums(lse_part_ptr, split * lse_part_stride_s + lse_row, there)
-                part = tl.load(
-                    part_ptr + (split * part_stride_s + part_row)[:, None] + wide,
-                    mask=there[:, None] & inside,
-                    other=0.0,
-                )
-                part = tl.where((lse > NEG_INF)[:, None], part, 0.0)
-                before = top
-                top, base = log_weights(before, lse)
-                weights = tl.exp2(lse - base)
-                again = tl.exp2(before - base)
+                offsets = (split * part_stride_s + part_row)[:, None] + wide
+                part = partial_results(part_ptr, offsets, there[:, None] & inside, lse)
+                top, again, weights = merge_weights(top, lse, lse)
                 total = total * again + weights
                 acc = acc * again[:, None] + part * weights[:, None]
         result = acc * tl.where(total > 0, 1.0 / total, 0.0)[:, None]
@@ -149,8 +149,7 @@ def merge_splits_kernel(
             mask=real[:, None] & inside,
         )
     if tl.program_id(1) == 0:
-        base = tl.where(top == NEG_INF, 0.0, top)
-        lse = tl.where(total > 0, (base + tl.log2(total)) / LOG2E, NEG_INF)
+        lse = tl.where(total > 0, (finite(top) + tl.log2(total)) / LOG2E, NEG_INF)
         target = batch * lse_stride_b + token * lse_stride_t + head * lse_stride_h
         tl.store(lse_ptr + target, lse, mask=real)
 
@@ -228,7 +227,7 @@ def merge_pair_kernel(
     lse_a = log_sums(lse_a_ptr, token * lse_a_stride_t + head * lse_a_stride_h, real)
     lse_b = log_sums(lse_b_ptr, token * lse_b_stride_t + head * lse_b_stride_h, real)
     top = tl.maximum(lse_a, lse_b)
-    base = tl.where(top == NEG_INF, 0.0, top)
+    base = finite(top)
     weight_a = tl.exp2(lse_a - base)
     weight_b = tl.exp2(lse_b - base)
     total = weight_a + weight_b
