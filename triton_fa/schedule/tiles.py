@@ -334,13 +334,15 @@ def _decode_bytes(
 ) -> int:
     """Shared memory of all resident programs of a decode tile.
 
-    Keys and values are loaded a stage less ahead, q is there once a stage and once more; an upper
-    bound of what was compiled. From 64 rows on the operands of wgmma are staged, too.
+    Keys and values are loaded a stage less ahead, q is there once a stage and once more, beside
+    float8 keys twice in all; an upper bound of what was compiled. From 64 rows on the operands of
+    wgmma are staged, too.
     """
     stages, rows = max(1, tile.num_stages), max(16, rows)
     if rows < 64:
         keys = 2 * tile.block_n * max(1, stages - 1) * (key_size or size)
-        return (keys + rows * (stages + 1) * size) * dim * tile.programs_per_sm
+        queries = rows * (2 if key_size == 1 else stages + 1) * size
+        return (keys + queries) * dim * tile.programs_per_sm
     kept = (2 * tile.block_n + rows) * stages
     kept += 2 * tile.block_n if size == 2 else 0
     kept += rows if rows > 64 and size == 2 else 0
