@@ -154,7 +154,7 @@ PACKED = Case(
     seqlens_k=(200, 5, 40, 300),
     num_splits=1,
 )
-DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (160, 160), (192, 128), (192, 192), (256, 256)]
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), DIMS)
@@ -757,6 +757,8 @@ COMPILED: dict[str, Callable[[], object]] = {
         dim=64, dtype=torch.float16, sinks=HALF_SINKS, window_size=(64, -1), softcap=30.0
     ),
     "96-page-16": mixed(dim=96, most=256),
+    "160": prefill(dim=160),
+    "192": prefill(dim=192),
     "256-full": prefill(dim=256, causal=False),
     "64-e4m3": prefill(dim=64, dtype=torch.float8_e4m3fn),
     "96-e4m3": prefill(dim=96, dtype=torch.float8_e4m3fn),
@@ -766,6 +768,7 @@ COMPILED: dict[str, Callable[[], object]] = {
 }
 PRODUCTS = {"HGMMA", "QGMMA"}  # of 16 and of 8 bits
 INSTRUCTIONS = {"128": 500, "64-window-softcap": 800, "96-page-16": 560, "256-full": 500}
+INSTRUCTIONS |= {"160": 610, "192": 420}
 INSTRUCTIONS |= {"64-e4m3": 430, "96-e4m3": 490, "128-e4m3": 470, "192-128-e4m3": 490}
 INSTRUCTIONS |= {"256-e4m3": 570}
 """Most that a warp may execute for a key tile without a mask; at the power limit, speed is this."""

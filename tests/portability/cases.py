@@ -312,6 +312,9 @@ HOPPER = {
     for dim in (64, 96, 128, 192)
 }
 HOPPER |= {
+    "hopper-80": prefill(LONG, dim=80),
+    "hopper-160": prefill(LONG, dim=160),
+    "hopper-192": prefill(LONG, dim=192),
     "hopper-256": prefill(LONG, dim=256),
     "hopper-256-full": prefill(LONG, dim=256, causal=False),
     "hopper-128-full": prefill(LONG, causal=False),

@@ -1019,6 +1019,8 @@ def hopper_kernel(
         outs = panels_of((out_desc, out_tail_desc), C.CONSUMERS, ROWS, C.V0, C.V1)
     else:
         outs = ((out_desc, queries[0][1], boxes_of(queries[0][1], out_desc)),)
+        if C.V1:
+            outs = (outs[0], (out_tail_desc, queries[1][1], boxes_of(queries[1][1], out_tail_desc)))
     slots = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     messages = barrier_pair(2, C.CONSUMERS)
     box = (slots, messages[0], messages[1])
