@@ -139,6 +139,7 @@ class Pointer:
 
     def __init__(self, array: np.ndarray, offset: Any = 0) -> None:
         self.array, self.offset = array, offset
+        self.dtype = types.SimpleNamespace(element_ty=array.dtype)
 
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.array, np.asarray(self.offset, np.int64) + raw(other))
@@ -373,6 +374,38 @@ def store_wait(count: int) -> None:
         machine.wait(lambda: all(owner != me for owner, _ in machine.copies), "stores")
 
 
+def copy_rows(smem: Shared, pointer: Pointer, mask: Any) -> None:
+    """A thread's copies: in order here, but whenever the engine likes."""
+    machine = LOCAL.machine
+    found = load(pointer, mask, 0).value
+
+    def copy() -> None:
+        block = smem.block()
+        block[...] = np.broadcast_to(found, smem.shape).reshape(block.shape)
+
+    with machine.lock:
+        machine.copies.append((threading.get_ident(), copy))
+        machine.lock.notify_all()
+
+
+def copies_arrive(barrier: Barrier, increment_count: bool) -> None:
+    """All threads arrive when what they have copied has."""
+    assert not increment_count
+    machine, me, threads = LOCAL.machine, threading.get_ident(), LOCAL.threads
+    with machine.lock:
+        mine = [copy for owner, copy in machine.copies if owner == me]
+
+        def arrive() -> None:
+            for copy in mine:
+                copy()
+            barrier.pending -= threads
+            barrier.advance()
+
+        machine.copies = [entry for entry in machine.copies if entry[0] != me]
+        machine.copies.append((me, arrive))
+        machine.lock.notify_all()
+
+
 def barrier_init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.pending = count
 
@@ -528,6 +561,7 @@ def language() -> types.SimpleNamespace:
         "warp_specialize": warp_specialize,
         "program_id": lambda axis: Tensor(LOCAL.program),
         "num_programs": lambda axis: Tensor(LOCAL.programs),
+        "multiple_of": lambda x, n: x,
         "pointer_type": lambda element: element,
         "constexpr": object,
     }
@@ -567,14 +601,17 @@ def emulated(module: types.ModuleType, shared: dict[str, Any]) -> dict[str, Any]
 
 def run(
     kernel: types.ModuleType,
-    primitives: types.ModuleType,
+    called: Sequence[types.ModuleType],
     arguments: dict[str, Any],
     programs: int,
     seed: int = 0,
+    name: str = "hopper_kernel",
 ) -> None:
-    """Run `hopper_kernel` of a module with these arguments, all programs side by side."""
+    """Run a kernel of a module with these arguments, all programs side by side.
+
+    `called` are the modules that it imports from, each of what the next ones import, too.
+    """
     gl = language()
-    helpers = emulated(primitives, {"tl": gl})
     mbarrier = types.SimpleNamespace(
         init=barrier_init,
         expect=barrier_expect,
@@ -588,37 +625,48 @@ def run(
             int(barrier), LOCAL.threads, int(threads), wait
         )
 
-    names = emulated(
-        kernel,
-        {
-            **{n: v for n, v in helpers.items() if n in vars(kernel) and n != "tl"},
-            "gl": gl,
-            "mbarrier": mbarrier,
-            "tma": types.SimpleNamespace(store_wait=store_wait),
-            "tma_load": tma_load,
-            "tma_store": tma_store,
-            "warps_barrier": lambda: None,
-            "fence_async_shared": lambda: None,
-            "warpgroup_mma": warpgroup_mma,
-            "warpgroup_mma_wait": warpgroup_mma_wait,
-            # Assembly, by its meaning.
-            "barrier_sync": at_hardware(True),
-            "barrier_arrive": at_hardware(False),
-            "exp2": elementwise(np.exp2),
-            "reciprocal": elementwise(np.reciprocal),
-            "packed": lambda x, dtype: x.to(dtype),
-            "packed8": lambda x: Tensor(to_float8(x.value)),
-            "negated8": lambda x: -x,
-            "rescaled": lambda acc, alpha, lazy: acc * alpha[:, None],
-        },
-    )
+    machine = {
+        "tl": gl,
+        "gl": gl,
+        "mbarrier": mbarrier,
+        "tma": types.SimpleNamespace(store_wait=store_wait),
+        "tma_load": tma_load,
+        "tma_store": tma_store,
+        "async_load": copy_rows,
+        "async_copy": types.SimpleNamespace(
+            mbarrier_arrive=copies_arrive,
+            commit_group=lambda: None,
+            wait_group=store_wait,
+        ),
+        "warps_barrier": lambda: None,
+        "fence_async_shared": lambda: None,
+        "warpgroup_mma": warpgroup_mma,
+        "warpgroup_mma_wait": warpgroup_mma_wait,
+        # Assembly, by its meaning.
+        "barrier_sync": at_hardware(True),
+        "barrier_arrive": at_hardware(False),
+        "release_dependents": lambda: None,
+        "exp2": elementwise(np.exp2),
+        "reciprocal": elementwise(np.reciprocal),
+        "packed": lambda x, dtype: x.to(dtype),
+        "packed8": lambda x: Tensor(to_float8(x.value)),
+        "negated8": lambda x: -x,
+        "rescaled": lambda acc, alpha, lazy: acc * alpha[:, None],
+    }
+    names: dict[str, Any] = {}
+    originals: dict[str, Any] = {}
+    for module in (*called, kernel):
+        same = [n for n, value in vars(module).items() if originals.get(n, module) is value]
+        imported = {n: names[n] for n in same if n in names}
+        names = names | emulated(module, imported | machine)
+        originals |= vars(module)
     failures: list[Exception] = []
 
     def program(number: int) -> None:
         LOCAL.program, LOCAL.programs = number, programs
         LOCAL.machine = Machine(number, seed + number)
         try:
-            names["hopper_kernel"](**arguments)
+            names[name](**arguments)
         except Exception as error:  # noqa: BLE001  the same
             failures.append(error)
 

@@ -58,8 +58,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "TRITON_FA_HOPPER",
         "",
-        "`1`: prefill on Hopper runs on the Gluon kernel wherever it can, `0`: nowhere; empty: on "
-        "Triton versions that kernel was run on",
+        "`1`: prefill and latent decode on Hopper run on the Gluon kernels wherever they can, `0`: "
+        "nowhere; empty: on Triton versions those kernels were run on",
     ),
     Variable(
         "TRITON_FA_CACHE_DIR",

@@ -37,6 +37,7 @@ class Model:
     return_softmax_lse: bool
     max_seqlen_k: int
     device: str
+    qv: bool = False
 
 
 def _batches(most: int) -> list[int]:
@@ -69,6 +70,7 @@ def warmup(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     sinks: bool = False,
+    qv: bool = False,
     return_softmax_lse: bool = False,
     max_batch: int = 256,
     max_seqlens_q: Sequence[int] = (1,),
@@ -96,6 +98,7 @@ def warmup(
         window_size: As of the calls.
         softcap: As of the calls.
         sinks: Whether the calls have sinks.
+        qv: Whether the calls have `qv`; keys and values are then parts of one cache, values first.
         return_softmax_lse: As of the calls.
         max_batch: Largest batch to prepare for.
         max_seqlens_q: The `max_seqlen_q` values to prepare for, e.g. (1, 4, 2048).
@@ -120,6 +123,7 @@ def warmup(
         return_softmax_lse,
         max_seqlen_k,
         str("cuda" if device is None else device),
+        qv,
     )
     done = variants(num_heads_q // num_heads_kv, max_batch, max_seqlens_q)
     for variant in done:
@@ -160,32 +164,40 @@ def _run(model: Model, variant: Variant, table_width: int) -> None:
     page = (1, model.page_size, model.num_heads_kv)
     k_cache = torch.zeros(*page, model.head_dim, dtype=dtype, device=where)
     v_cache = torch.zeros(*page, model.head_dim_v, dtype=dtype, device=where)
+    if model.qv:
+        both = torch.zeros(*page, model.head_dim_v + model.head_dim, dtype=dtype, device=where)
+        v_cache, k_cache = both.split([model.head_dim_v, model.head_dim], -1)
     lengths = torch.ones(batch, dtype=torch.int32, device=where)
     table = torch.zeros(batch, table_width, dtype=torch.int32, device=where)
     cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=where)
-    metadata = get_scheduler_metadata(
-        batch,
-        most,
-        table_width * model.page_size,
-        model.num_heads_q,
-        model.num_heads_kv,
-        model.head_dim,
-        lengths,
-        dtype,
-        model.head_dim_v,
-        cu_seqlens_q,
-        page_size=model.page_size,
-        causal=model.causal,
-        window_size=model.window_size,
-        has_softcap=model.softcap > 0,
-        ver="triton",
-    )
+    plans: tuple[torch.Tensor | None, ...] = (None,)
+    if not model.qv:  # which has no metadata
+        metadata = get_scheduler_metadata(
+            batch,
+            most,
+            table_width * model.page_size,
+            model.num_heads_q,
+            model.num_heads_kv,
+            model.head_dim,
+            lengths,
+            dtype,
+            model.head_dim_v,
+            cu_seqlens_q,
+            page_size=model.page_size,
+            causal=model.causal,
+            window_size=model.window_size,
+            has_softcap=model.softcap > 0,
+            ver="triton",
+        )
+        plans = (metadata, None)
     sinks = torch.zeros(model.num_heads_q, dtype=dtype, device=where) if model.sinks else None
-    for tokens, plan in product(_tokens(model, batch, most), (metadata, None)):
+    widths = (model.num_heads_q, model.head_dim_v)
+    for tokens, plan in product(_tokens(model, batch, most), plans):
         flash_attn_with_kvcache(
             torch.zeros(tokens, model.num_heads_q, model.head_dim, dtype=dtype, device=where),
             k_cache,
             v_cache,
+            qv=torch.zeros(tokens, *widths, dtype=dtype, device=where) if model.qv else None,
             cache_seqlens=lengths,
             page_table=table,
             cu_seqlens_q=cu_seqlens_q,

@@ -58,7 +58,7 @@ def kernel_names(targets: Sequence[str]) -> set[str]:
     """The kernels of the package for these chips, by the name they are written with."""
     sources = set((Path(triton_fa.__file__).parent / "kernels").glob("*.py"))
     if "sm_90" not in targets:
-        sources = {path for path in sources if path.name != "hopper.py"}
+        sources = {path for path in sources if path.name not in ("hopper.py", "latent.py")}
     return {
         n for path in sources for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
     }

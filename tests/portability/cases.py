@@ -144,11 +144,11 @@ def sinks(heads: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(heads, dtype=dtype)
 
 
-def latent(heads: int, **options: Any) -> Callable[[], object]:
+def latent(heads: int, *, page_size: int = 64, **options: Any) -> Callable[[], object]:
     """Absorbed MLA: one kv head, values of 512 that are scored, keys of 64 beside them."""
 
     def call() -> object:
-        cache = torch.zeros(8, 64, 1, 576, dtype=torch.bfloat16)
+        cache = torch.zeros(8, page_size, 1, 576, dtype=torch.bfloat16)
         return triton_fa.flash_attn_with_kvcache(
             torch.zeros(BATCH, 1, heads, 64, dtype=torch.bfloat16),
             cache[..., 512:],
@@ -326,6 +326,12 @@ HOPPER |= {
     "hopper-128-attention-chunk": mixed(most=LONG, attention_chunk=1024),
     "hopper-128-window": prefill(LONG, window_size=(1024, 0)),
     "hopper-64-window-sinks": prefill(LONG, dim=64, window_size=(128, 0), sinks=sinks(8)),
+    "hopper-latent": latent(128),
+    "hopper-latent-alone": latent(128, only_qv=True),
+    "hopper-latent-invariant": latent(128, batch_invariant=True),
+    "hopper-latent-page-1": latent(128, page_size=1),
+    "hopper-latent-page-16": latent(64, page_size=16),
+    "hopper-latent-page-32": latent(64, page_size=32),
     "hopper-256-softcap": prefill(LONG, dim=256, softcap=50.0, window_size=(4096, 0)),
     "hopper-64-e4m3": prefill(LONG, dim=64, dtype=E4M3),
     "hopper-96-e4m3": prefill(LONG, dim=96, dtype=E4M3),

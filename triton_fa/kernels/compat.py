@@ -45,7 +45,9 @@ def gluon_names() -> SimpleNamespace:
     gluon = "triton.experimental.gluon"
     gl: Any = importlib.import_module(f"{gluon}.language")
     tma: Any = importlib.import_module(f"{gluon}.language.nvidia.hopper.tma")
+    copies: Any = importlib.import_module(f"{gluon}.language.nvidia.ampere.async_copy")
     return SimpleNamespace(
+        async_load=getattr(copies, "async_load", None) or copies.async_copy_global_to_shared,
         barrier=getattr(gl, "barrier", None) or gl.thread_barrier,
         tma_load=getattr(tma, "async_load", None) or tma.async_copy_global_to_shared,
         tma_store=getattr(tma, "async_store", None) or tma.async_copy_shared_to_global,

@@ -61,6 +61,8 @@ SHARED_MEMORY = 227 << 10
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv"}
 ARGUMENTS = ELEMENTS | {torch.float32: "fp32", torch.int32: "i32"}
 KEPT_DESCRIPTORS = 4096
+TENSORS = ("out_ptr", "q_ptr", "k_ptr")
+"""What `hopper.py` has descriptors of, besides values."""
 
 _logger = logging.getLogger("triton_fa")
 
@@ -308,12 +310,14 @@ def launches(
     own["C"] = c = variant(problem, chosen, common, **planned)
     if c.FP8:  # heads of transposed values lie that many rows apart
         common = common | {"v_stride_h": problem.spec.head_dim_v}
-    kernel = Described(views(problem, c, common), "v_transposed_ptr" if c.FP8 else "v_ptr")
+    module = kernel_module()
+    tensors = (*TENSORS, "v_transposed_ptr" if c.FP8 else "v_ptr")
+    kernel = Described(module.hopper_kernel, tensors, views(problem, c, common))
     values = {name: common[name] for name in names_of(kernel) if name in common} | own
     steps: list[tuple[Any, ...]] = [(kernel, (programs, 1, 1), values, {"num_warps": 4})]
     if tiles > programs:
         offset = {"counter_offset": counter_offset}
-        steps.insert(0, (kernel.reset, (1, 1, 1), offset, {"num_warps": 1}))
+        steps.insert(0, (module.reset_kernel, (1, 1, 1), offset, {"num_warps": 1}))
     if not c.FP8:
         return steps, 1, 0
     size, row_stride = transposed_shape(problem)
@@ -353,7 +357,7 @@ def transposing(
 class View:
     """A tensor descriptor but for its address; see `hopper.py` on its five dimensions."""
 
-    tensor: int  # place among those of `Described`
+    tensor: int  # place among the tensors that are described
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
@@ -409,17 +413,18 @@ def transposed_views(problem: Problem, c: Variant) -> list[View | None]:
 
 
 class Described:
-    """The Hopper kernel as `Launch` knows kernels: its arguments are tensors, or their addresses.
+    """A Hopper kernel as `Launch` knows kernels: its arguments are tensors, or their addresses.
 
-    Those of q, k, v and the result become tensor descriptors on the way. Making them takes longer
-    than launching, so those of an address are kept.
+    `tensors` become tensor descriptors on the way, which the kernel takes first. Making them takes
+    longer than launching, so those of an address are kept.
     """
 
-    def __init__(self, descriptors: Sequence[View | None], values: str = "v_ptr") -> None:
-        self._tensors = ("out_ptr", "q_ptr", "k_ptr", values)
+    def __init__(
+        self, kernel: Any, tensors: tuple[str, ...], descriptors: Sequence[View | None]
+    ) -> None:
         self._module = kernel_module()
-        self._kernel = self._module.hopper_kernel
-        self.reset = self._module.reset_kernel
+        self._kernel = kernel
+        self._tensors = tensors
         self._views = tuple(descriptors)
         self.arg_names = [*self._tensors, *self._kernel.arg_names[len(self._views) :]]
         self.__name__ = self._kernel.__name__
@@ -488,9 +493,13 @@ class Described:
 
     def _launcher(self, launch: Any, metas: Sequence[Any]) -> Callable[..., None]:
         """Triton 3.6's own launcher without the wrapper that makes descriptors in every call."""
-        inside = inspect.getclosurevars(launch)
-        bare, before = inside.nonlocals["launcher"], inside.globals["_BASE_ARGS_FORMAT_LEN"]
-        make = inside.globals["make_tensordesc_arg"]
+        bare, make = launch, None
+        if any(self._views):
+            inside = inspect.getclosurevars(launch)
+            bare, before = inside.nonlocals["launcher"], inside.globals["_BASE_ARGS_FORMAT_LEN"]
+            make = inside.globals["make_tensordesc_arg"]
+        else:
+            before = importlib.import_module("triton.backends.nvidia.driver")._BASE_ARGS_FORMAT_LEN
         left = iter(metas)
         described = [
             _absent if view is None else _kept(make, view, next(left), before + view.tensor)

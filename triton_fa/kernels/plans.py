@@ -16,7 +16,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_fa.device import DeviceFacts
-from triton_fa.kernels import hopper_plans
+from triton_fa.kernels import hopper_plans, latent_plans
 from triton_fa.kernels.append import append_kernel
 from triton_fa.kernels.choice import decode_tile, prefill_tile
 from triton_fa.kernels.combine import combine_kernel
@@ -233,8 +233,11 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     most_rows = bounds.max_seqlen_q * spec.q_heads_per_kv
     common = _common(problem) | _from_fp8(spec, device)
     if problem.tensors.qv is not None:
-        rows = latent_rows(spec, most_rows)
-        latent, floats = _decode(problem, device, rows, common, -(-most_rows // rows))
+        on_hopper = latent_plans.takes(problem, device, most_rows)
+        rows = latent_plans.ROWS if on_hopper else latent_rows(spec, most_rows)
+        latent, floats = _decode(
+            problem, device, rows, common, -(-most_rows // rows), on_hopper=on_hopper
+        )
         return Plan(latent, floats, 0)
     varlen_q = problem.tensors.seqused_q is not None
     mean_rows = -(-bounds.total_q // max(1, bounds.batch)) * spec.q_heads_per_kv
@@ -440,17 +443,20 @@ def _decode(
     rows: int,
     common: dict[str, Any],
     row_blocks: int = 1,
+    *,
+    on_hopper: bool = False,
 ) -> tuple[tuple[PlannedLaunch, ...], int]:
     """The attention and the merge launch of the decode path, and their workspace.
 
     The query rows of a kv head are `row_blocks` times `rows`, each block a lane of its own.
     """
     spec, bounds = problem.spec, problem.bounds
-    tile = (
-        latent_tile(spec, device, rows)
-        if "qv" in spec.features
-        else decode_tile(spec, device, rows)
-    )
+    if on_hopper:
+        tile = latent_plans.SCHEDULED
+    elif "qv" in spec.features:
+        tile = latent_tile(spec, device, rows)
+    else:
+        tile = decode_tile(spec, device, rows)
     smallest_chunk, most_pieces = _chunking(spec, tile.block_n)
     lanes = spec.num_heads_kv * row_blocks
     programs = decode_programs(device, tile, lanes, bounds.batch, spec.sm_margin)
@@ -482,29 +488,33 @@ def _decode(
         "smallest_chunk": smallest_chunk,
         "most_pieces": most_pieces,
     }
-    attend = PlannedLaunch(
-        decode_kernel,
-        (programs, 1, 1),
-        _arguments(
+    if on_hopper:
+        kernel, values, options = latent_plans.launch(problem, common, shared)
+        attend = PlannedLaunch(kernel, (programs, 1, 1), values, options)
+    else:
+        attend = PlannedLaunch(
             decode_kernel,
-            common,
-            **shared,
-            D0=d0,
-            D1=d1,
-            V0=v0,
-            V1=v1,
-            BLOCK_M=max(16, rows),
-            SUMS=min(tile.block_n, (8 if device.kind == "cuda" else 16) * tile.num_warps),
-            ONE_TOKEN=bounds.max_seqlen_q == 1,
-            SAME_STRIDES=problem.tensors.k.stride() == problem.tensors.v.stride(),
-            WIDE_SLOTS=_wide_slots(problem),
-            LAZY_MASK=rows > 16 or spec.kv_dtype in FP8_FORMATS,
-            # Queries converted once a sequence. Triton 3.6 does not compile that for AMD chips.
-            HOLDS_Q=size == 1 and problem.tensors.qv is None and device.kind != "hip",
-        ),
-        _decode_options(tile, device),
-        in_pairs=paired,
-    )
+            (programs, 1, 1),
+            _arguments(
+                decode_kernel,
+                common,
+                **shared,
+                D0=d0,
+                D1=d1,
+                V0=v0,
+                V1=v1,
+                BLOCK_M=max(16, rows),
+                SUMS=min(tile.block_n, (8 if device.kind == "cuda" else 16) * tile.num_warps),
+                ONE_TOKEN=bounds.max_seqlen_q == 1,
+                SAME_STRIDES=problem.tensors.k.stride() == problem.tensors.v.stride(),
+                WIDE_SLOTS=_wide_slots(problem),
+                LAZY_MASK=rows > 16 or spec.kv_dtype in FP8_FORMATS,
+                # Queries converted once a sequence. Triton 3.6 does not compile that for AMD chips.
+                HOLDS_Q=size == 1 and problem.tensors.qv is None and device.kind != "hip",
+            ),
+            _decode_options(tile, device),
+            in_pairs=paired,
+        )
     if most_pieces == 1:
         return (attend,), 0
     pieces = most_pieces or programs // lanes // bounds.batch + 2
