@@ -259,7 +259,8 @@ H200 = DeviceFacts("cuda", (9, 0), 132, 227 << 10)
     ("changes", "options", "reason"),
     [
         ({}, {}, None),
-        ({"heads_q": 32}, {}, "32 rows"),
+        ({"heads_q": 16}, {}, "16 rows"),
+        ({"heads_q": 32}, {}, None),
         ({"heads_q": 16, "seqlens_q": (3, 3, 3)}, {}, None),
         ({"heads_q": 16, "seqlens_q": (3, 3, 3)}, {"batch_invariant": True}, "16 rows"),
         ({"head_dim": 128}, {}, "head dims 128, 512"),
