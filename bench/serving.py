@@ -212,8 +212,9 @@ def compile_share(steps: list[Prepared], memory: Memory, share: int, of: int) ->
 def compile_in_processes(count: int, requests: int) -> None:
     command = [sys.executable, "-m", "bench", "serving", "--requests", str(requests)]
     shares = [[*command, "--compile-share", str(n), str(count)] for n in range(count)]
-    for process in [subprocess.Popen(share) for share in shares]:
-        process.wait()
+    processes = [subprocess.Popen(share) for share in shares]
+    if any([process.wait() for process in processes]):
+        raise SystemExit("a process that compiles ahead failed; its message is above")
 
 
 def new_tokens(steps: list[Step]) -> int:

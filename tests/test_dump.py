@@ -449,7 +449,7 @@ def test_a_file_runs_no_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda header: header.update(format=99), "expected format 1, got 99"),
+        (lambda header: header.update(format=99), "expected format 2, got 99"),
         (lambda header: header["spec"].pop("softcap"), "softcap"),
         (lambda header: header["spec"].update(new_field=1), "new_field"),
         (lambda header: header["bounds"].pop("batch"), "batch"),

@@ -31,7 +31,7 @@ from triton_fa.errors import ArgumentValueError, TritonFAError
 from triton_fa.problem import Append, AttnResult, BlockSparseTensors, Problem, Tensors
 from triton_fa.spec import AttnSpec, Bounds
 
-FORMAT = 1
+FORMAT = 2
 MOST_FILES = 16
 """A process writes no more: one that fails in every step would fill the disk."""
 DATA = {"q", "k", "v", "qv", "out", "append.k", "append.v"}

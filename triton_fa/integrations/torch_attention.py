@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from triton_fa.api import flash_attn_func, flash_attn_varlen_func
-from triton_fa.integrations import FeatureError, require
+from triton_fa.integrations import FeatureError, FrameworkVersionError, require
 
 NAME = "triton_fa"
 # The CPU has no such kernel of its own, and calls it for `varlen_attn` alone.
@@ -46,6 +46,10 @@ def register() -> None:
     """
     require("torch", ">=2.13")
     attention: Any = torch.nn.attention
+    if not hasattr(attention, "register_flash_attention_impl"):  # a build from before 2.13 was out
+        raise FrameworkVersionError(
+            f"torch: expected >=2.13, found {torch.__version__}, a build before"
+        )
     attention.register_flash_attention_impl(NAME, register_fn=_Active)
 
 

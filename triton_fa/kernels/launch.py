@@ -75,6 +75,7 @@ class Launch:
         if compiled is None:
             with torch.cuda.device(device):
                 compiled = self._kernel.warmup(*arguments, grid=self._grid, **self._options)
+                _ = compiled.run  # loads the binary, on the device that is current
             _COMPILED[device.index, options, variant] = compiled
         if specialised:
             compiled = self._kernel.bound(compiled)
@@ -144,7 +145,8 @@ def names_of(kernel: Any) -> tuple[str, ...]:
 def specialisation(kernel: Any, arguments: Sequence[Any]) -> tuple[Hashable, ...]:
     """What decides which variant of `kernel` these arguments take; no two variants have the same.
 
-    Looking a variant up by this takes a tenth of the time that Triton's dispatcher takes.
+    Looking a variant up by this takes a tenth of the time that Triton's dispatcher takes. Triton's
+    switches for debugging and instrumentation have to be set before the first call.
     """
     found: list[Any] = [id(kernel)]
     for value, (constant, specialised) in zip(arguments, _parameters(kernel).kinds, strict=True):

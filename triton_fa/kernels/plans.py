@@ -99,8 +99,8 @@ POINTERS = (
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
 _NO_LISTS = (None,) * 4
 ABSENT = POINTERS.index("absent")
-_PLACES = {name: place for place, name in enumerate(POINTERS)}
 """Place of a None; what stands behind it are `append_tensors`."""
+_PLACES = {name: place for place, name in enumerate(POINTERS)}
 
 
 def call_tensors(
