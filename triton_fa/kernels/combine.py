@@ -7,15 +7,15 @@ import triton.language as tl
 
 from triton_fa.kernels.compat import grid_dependency_wait
 from triton_fa.kernels.line import (
+    chunk_tiles,
     decode_work,
-    line_units,
     locate,
+    nearest_piece,
     program_range,
     range_of,
-    total_and_units,
-    units_before,
+    total_and_tiles,
 )
-from triton_fa.kernels.primitives import LOG2E, NO_SCORE, VARYING, finish
+from triton_fa.kernels.primitives import LOG2E, NO_SCORE, VARYING, finish, merge_factors
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -45,6 +45,7 @@ def combine_kernel(
     fixed_seqlen_new,
     programs,
     num_slots,
+    program_slots,
     smallest_chunk,
     most_pieces,
     window_left,
@@ -57,6 +58,7 @@ def combine_kernel(
     HEAD_DIM_V: tl.constexpr,
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -67,11 +69,12 @@ def combine_kernel(
     HAS_LSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way;
-    with chunking, of sequence v // LANES. Rows are those of a lane.
+    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way. Rows
+    are those of a lane.
 
-    m = max_p m_p; l = sum_p 2^(m_p - m) l_p; out = sum_p 2^(m_p - m) acc_p / l, in order of p.
-    Everything but the partials is loaded before the attention kernel has ended.
+    m = max_p m_p; l = sum_p 2^(m_p - m) l_p; out = sum_p 2^(m_p - m) acc_p / l, in order of p; with
+    chunking one p after the other. Everything but the partials is loaded before the attention
+    kernel has ended.
     """
     HAS_SINK: tl.constexpr = sinks_ptr is not None
     LANES: tl.constexpr = NUM_HEADS_KV * ROW_BLOCKS
@@ -93,62 +96,55 @@ def combine_kernel(
     part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * V)
     pid = tl.program_id(0)
     CHUNKED: tl.constexpr = most_pieces is not None
-    if CHUNKED:
-        chunking = (smallest_chunk, most_pieces)
-    else:
-        chunking = None
-    total_units, units, _ = total_and_units(
-        batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+    total_tiles, tiles = total_and_tiles(
+        batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
-    if CHUNKED:
-        lane = pid % LANES
-        seq_idx = pid // LANES
-        before = units_before(
-            seq_idx, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
-        )
-        first_slot = lane * total_units + before
+    lane, index, first, share, extra = program_range(
+        pid, programs, total_tiles, LANES, LANES_DIVIDE
+    )
+    stop = first + share + (index < extra).to(tl.int32)
+    # With chunking a range may end where the next line begins.
+    final = stop if CHUNKED else stop - 1
+    if LANES_DIVIDE:
+        line_start = 0
+        range_start = lane * (programs // LANES)
     else:
-        lane, index, first, share, extra = program_range(
-            pid, programs, total_units, LANES, LANES_DIVIDE
-        )
-        final = first + share + (index < extra).to(tl.int32) - 1
-        if LANES_DIVIDE:
-            line_start = 0
-            slot_start = lane * (programs // LANES)
-        else:
-            lane = final // total_units
-            line_start = lane * total_units
-            slot_start = 0
-        seq_idx, before = locate(
-            tl.maximum(final - line_start, 0),
-            units,
-            batch,
-            lengths,
-            windows,
-            chunking,
-            GROUP,
-            MAX_ROWS,
-            BLOCK_N,
-            BLOCK_B,
-            ONE_BLOCK,
-        )
+        lane = final // tl.maximum(total_tiles, 1)
+        line_start = lane * total_tiles
+        range_start = 0
+    seq_idx, before = locate(
+        tl.maximum(final - line_start, 0),
+        tiles,
+        batch,
+        lengths,
+        windows,
+        GROUP,
+        MIN_ROWS,
+        MAX_ROWS,
+        BLOCK_N,
+        BLOCK_B,
+        ONE_BLOCK,
+    )
     first_q, seqlen_q, _, _, _, _, _, num_tiles = decode_work(
-        seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+        seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
     )
+    begin = line_start + before
     if CHUNKED:
-        pieces = line_units(num_tiles, chunking)
-        ours = pieces > 1
+        chunk = chunk_tiles(num_tiles, (smallest_chunk, most_pieces))
+        pieces = (num_tiles + chunk - 1) // chunk
+        merged = nearest_piece(stop - begin, num_tiles, chunk) // chunk
+        entered = nearest_piece(tl.maximum(first - begin, 0), num_tiles, chunk)
+        ours = (entered == 0) & (merged > 0) & (merged < pieces)
     else:
-        owner = range_of(line_start + before, share, extra)
-        pieces = range_of(line_start + before + num_tiles - 1, share, extra) - owner + 1
+        owner = range_of(begin, share, extra)
+        pieces = range_of(begin + num_tiles - 1, share, extra) - owner + 1
         ours = (owner == index) & (pieces > 1) & (final >= first)
-        first_slot = 2 * (slot_start + owner)
+        first_slot = 2 * (range_start + owner)
     if ours:
         part_rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         head = lane // ROW_BLOCKS
         rows = lane % ROW_BLOCKS * ROWS + part_rows
         dims = tl.arange(0, BLOCK_V)
-        piece = tl.arange(0, BLOCK_P)
         row_max = tl.full([BLOCK_R], NO_SCORE, tl.float32)
         row_sum = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
@@ -158,30 +154,68 @@ def combine_kernel(
             sink = tl.load(sinks_ptr + q_head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
         if PDL:
             grid_dependency_wait()
-        for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
-            nth = start + piece
-            live = nth < pieces
-            if CHUNKED:
-                slot = first_slot + nth
-            else:
-                # The first piece began with the sequence: it is what its program left half-way.
-                slot = first_slot + 2 * nth + (nth == 0).to(tl.int32)
-            part_row = slot.to(tl.int64)[:, None] * ROWS + part_rows[None, :]
-            stat = part_stat_ptr + part_row * 2
-            part_max = tl.load(stat, mask=live[:, None], other=NO_SCORE, cache_modifier=".cg")
-            part_sum = tl.load(stat + 1, mask=live[:, None], other=0.0, cache_modifier=".cg")
-            part = tl.load(
-                part_ptr + part_row[:, :, None] * V + dims[None, None, :],
-                mask=live[:, None, None] & (dims < V)[None, None, :],
+        if CHUNKED:
+            # What range v has merged, and then every piece; a few loads run at a time.
+            part_row = ((range_start + index) * program_slots).to(tl.int64) * ROWS + part_rows
+            row_max = tl.load(part_stat_ptr + part_row * 2, cache_modifier=".cg")
+            row_sum = tl.load(part_stat_ptr + part_row * 2 + 1, cache_modifier=".cg")
+            acc = tl.load(
+                part_ptr + part_row[:, None] * V + dims[None, :],
+                mask=(dims < V)[None, :],
                 other=0.0,
                 cache_modifier=".cg",
             )
-            new_max = tl.maximum(row_max, tl.max(part_max, 0))
-            weight = tl.exp2(part_max - new_max[None, :])
-            alpha = tl.exp2(row_max - new_max)
-            row_sum = row_sum * alpha + tl.sum(part_sum * weight, 0)
-            acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
-            row_max = new_max
+            for start in tl.range(merged, pieces, BLOCK_P, num_stages=1):
+                for nth in tl.static_range(BLOCK_P):
+                    piece = start + nth
+                    live = piece + 0 * part_rows < pieces
+                    # The last range that begins at this piece, or before it.
+                    last_begin = begin + piece * chunk + (chunk - chunk // 2 - 1)
+                    holder = range_of(tl.minimum(last_begin, begin + num_tiles - 1), share, extra)
+                    its_first = holder * share + tl.minimum(holder, extra)
+                    its_piece = nearest_piece(its_first - begin, num_tiles, chunk) // chunk
+                    slot = (range_start + holder) * program_slots + 1 + piece - its_piece
+                    part_row = slot.to(tl.int64) * ROWS + part_rows
+                    stat = part_stat_ptr + part_row * 2
+                    part_max = tl.load(stat, mask=live, other=NO_SCORE, cache_modifier=".cg")
+                    part_sum = tl.load(stat + 1, mask=live, other=0.0, cache_modifier=".cg")
+                    part = tl.load(
+                        part_ptr + part_row[:, None] * V + dims[None, :],
+                        mask=live[:, None] & (dims < V)[None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    new_max, alpha, weight = merge_factors(row_max, part_max)
+                    row_sum = tl.fma(row_sum, alpha, part_sum * weight)
+                    acc = tl.fma(
+                        acc,
+                        tl.broadcast_to(alpha[:, None], [BLOCK_R, BLOCK_V]),
+                        part * weight[:, None],
+                    )
+                    row_max = new_max
+        else:
+            nths = tl.arange(0, BLOCK_P)
+            for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
+                nth = start + nths
+                live = nth < pieces
+                # The first piece began with the sequence: it is what its program left half-way.
+                slot = first_slot + 2 * nth + (nth == 0).to(tl.int32)
+                part_row = slot.to(tl.int64)[:, None] * ROWS + part_rows[None, :]
+                stat = part_stat_ptr + part_row * 2
+                part_max = tl.load(stat, mask=live[:, None], other=NO_SCORE, cache_modifier=".cg")
+                part_sum = tl.load(stat + 1, mask=live[:, None], other=0.0, cache_modifier=".cg")
+                part = tl.load(
+                    part_ptr + part_row[:, :, None] * V + dims[None, None, :],
+                    mask=live[:, None, None] & (dims < V)[None, None, :],
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                new_max = tl.maximum(row_max, tl.max(part_max, 0))
+                weight = tl.exp2(part_max - new_max[None, :])
+                alpha = tl.exp2(row_max - new_max)
+                row_sum = row_sum * alpha + tl.sum(part_sum * weight, 0)
+                acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
+                row_max = new_max
         if HAS_SINK:
             factor, lse = finish(row_max, row_sum, sink, True)
         else:

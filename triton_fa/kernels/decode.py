@@ -8,9 +8,12 @@ the one it leaves half-way (slot 2v + 1); a sequence inside one range is written
 directly. Pieces of one sequence belong to consecutive v, which is what `combine.py` merges, in that
 order.
 
-With chunking (`line.py`) ranges are made of whole pieces of sequences, and every piece of a
-sequence of several is a partial result of its own: what is computed for a sequence then depends on
-its own length alone, or is cut into no more pieces than asked for.
+With chunking (`line.py`) ranges are made of whole pieces of sequences. Every piece is computed on
+its own and the pieces of a sequence are merged one after the other in their order: what is computed
+for a sequence then depends on its own length alone, or is cut into no more pieces than asked for.
+A program merges in registers as long as it has a sequence from its first key on, and leaves that
+partial result (slot 0 of its own) where its range ends; of a sequence that it enters half-way it
+leaves every piece (slots from 1 on), and `combine.py` goes on in the same way.
 
 Grid and workspace depend on shapes only; the ranges are found on the device from the lengths.
 """
@@ -25,9 +28,9 @@ from triton_fa.kernels.line import (
     chunk_tiles,
     decode_work,
     locate,
+    locate_piece,
     program_range,
-    tiles_in_range,
-    total_and_units,
+    total_and_tiles,
 )
 from triton_fa.kernels.primitives import (
     LOG2E,
@@ -42,6 +45,7 @@ from triton_fa.kernels.primitives import (
     joined,
     largest,
     masked_by,
+    merge_factors,
     page_ids,
     parted,
     power_above,
@@ -194,6 +198,7 @@ def decode_kernel(
     num_pages,
     programs,
     num_slots,
+    program_slots,
     smallest_chunk,
     most_pieces,
     window_left,
@@ -212,6 +217,7 @@ def decode_kernel(
     V0: tl.constexpr,
     V1: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -279,48 +285,86 @@ def decode_kernel(
         part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * (V0 + V1))
     pid = tl.program_id(0)
     CHUNKED: tl.constexpr = most_pieces is not None
-    if CHUNKED:
-        chunking = (smallest_chunk, most_pieces)
-    else:
-        chunking = None
-    total_units, units, _ = total_and_units(
-        batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+    total_tiles, tiles = total_and_tiles(
+        batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
     lane, index, position, share, extra = program_range(
-        pid, programs, total_units, LANES, LANES_DIVIDE
+        pid, programs, total_tiles, LANES, LANES_DIVIDE
     )
     count = share + (index < extra).to(tl.int32)
-    if CHUNKED:
-        # The launcher sees to it that the lanes divide the programs.
-        slot = lane * total_units + position
-    elif LANES_DIVIDE:
-        slot = 2 * (lane * (programs // LANES) + index)
+    slot = index
+    if LANES_DIVIDE:
+        slot += lane * (programs // LANES)
+        line_start = 0
     else:
-        slot = 2 * index
-        lane = position // total_units
-        position = position - lane * total_units
-    if PDL:
-        grid_dependency_release()
-    if count > 0:
-        seq_idx, before = locate(
-            position,
-            units,
+        lane = position // tl.maximum(total_tiles, 1)
+        line_start = lane * total_tiles
+    if CHUNKED:
+        chunking = (smallest_chunk, most_pieces)
+        slot *= program_slots
+        stop = position + count
+        stop_start = 0 if LANES_DIVIDE else stop // tl.maximum(total_tiles, 1) * total_tiles
+        _, stop_before, stop_tile = locate_piece(
+            stop - stop_start,
+            tiles,
             batch,
             lengths,
             windows,
             chunking,
             GROUP,
+            MIN_ROWS,
             MAX_ROWS,
             BLOCK_N,
             BLOCK_B,
             ONE_BLOCK,
         )
+        seq_idx, before, tile = locate_piece(
+            position - line_start,
+            tiles,
+            batch,
+            lengths,
+            windows,
+            chunking,
+            GROUP,
+            MIN_ROWS,
+            MAX_ROWS,
+            BLOCK_N,
+            BLOCK_B,
+            ONE_BLOCK,
+        )
+        count = stop_start + stop_before + stop_tile - (line_start + before + tile)
+        if not LANES_DIVIDE:
+            # Its first piece is the next line's.
+            wraps = seq_idx == batch
+            lane += wraps.to(tl.int32)
+            seq_idx = tl.where(wraps, 0, seq_idx)
+    else:
+        slot *= 2
+        position -= line_start
+    if PDL:
+        grid_dependency_release()
+    if count > 0:
+        if not CHUNKED:
+            seq_idx, before = locate(
+                position,
+                tiles,
+                batch,
+                lengths,
+                windows,
+                GROUP,
+                MIN_ROWS,
+                MAX_ROWS,
+                BLOCK_N,
+                BLOCK_B,
+                ONE_BLOCK,
+            )
+            tile = position - before
         first_q, seqlen_q, first_k, begin, end, offset, padding, num_tiles = decode_work(
-            seq_idx, seq_idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
         )
         after = tl.where(seq_idx + 1 < batch, seq_idx + 1, 0)
         first_q1, seqlen_q1, first_k1, begin1, end1, offset1, padding1, num_tiles1 = decode_work(
-            after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+            after, after < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
         )
         # Where its keys are: of a dense cache, or of the page table.
         row = seq_idx
@@ -346,22 +390,8 @@ def decode_kernel(
         if HAS_QV:
             qv_rows = token.to(tl.int64) * qv_stride_t + (rows % GROUP).to(tl.int64) * qv_stride_h
 
-        tile = position - before
         if CHUNKED:
             chunk = chunk_tiles(num_tiles, chunking)
-            tile = tile * chunk
-            count = tiles_in_range(
-                position,
-                count,
-                batch,
-                lengths,
-                windows,
-                chunking,
-                GROUP,
-                MAX_ROWS,
-                BLOCK_N,
-                BLOCK_B,
-            )
         if PAGED:
             if WHOLE_TILES:
                 ahead = tl.minimum(begin + tile * BLOCK_N, tl.maximum(end - 1, 0))
@@ -379,6 +409,13 @@ def decode_kernel(
             page = row * 1
         # Whether the tiles since the last result began with the sequence's first.
         whole = (tile == 0).to(tl.int32)
+        if CHUNKED:
+            # What the pieces of this sequence before this one give.
+            merged_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+            merged_sum = tl.zeros([BLOCK_M], tl.float32)
+            merged0 = tl.zeros([BLOCK_M, V0], tl.float32)
+            if V1 > 0:
+                merged1 = tl.zeros([BLOCK_M, V1], tl.float32)
         row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
         row_sum = tl.zeros([BLOCK_M, SUMS], tl.float32)
         acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
@@ -409,7 +446,9 @@ def decode_kernel(
             # Unconditional: a branch here would keep the page numbers out of the pipeline.
             after = tl.where(seq_idx_ + 1 < batch, seq_idx_ + 1, 0)
             first_q1, seqlen_q1, first_k1, begin1, end1, offset1, padding1, num_tiles1 = (
-                decode_work(after, after < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N)
+                decode_work(
+                    after, after < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
+                )
             )
             if HAS_ROWS:
                 row1 = cache_row(after, after < batch, batch_idx_ptr, num_rows)
@@ -594,14 +633,12 @@ def decode_kernel(
                 acc1 = dot(weights, values[1], acc1 * alpha[:, None], IEEE, INTERPRETED)
             if CHUNKED:
                 done = last | ((tile + 1) % chunk == 0)
-                direct = num_tiles <= chunk
-                target = slot
-                slot += done.to(tl.int32)
                 chunk = tl.where(last, chunk_tiles(num_tiles_, chunking), chunk)
+                target = slot
             else:
                 done = last | (step == count - 1)
-                direct = last & (whole == 1)
                 target = slot + whole
+            direct = last & (whole == 1)
             if done:
                 total = tl.sum(row_sum, 1)
                 if v_descale_ptr is not None:
@@ -609,6 +646,30 @@ def decode_kernel(
                     acc0 *= v_factor
                     if V1 > 0:
                         acc1 *= v_factor
+                if CHUNKED:
+                    new_max, alpha, weight = merge_factors(merged_max, row_max)
+                    merged_sum = tl.fma(merged_sum, alpha, row_sum * weight)
+                    merged0 = tl.fma(
+                        merged0,
+                        tl.broadcast_to(alpha[:, None], [BLOCK_M, V0]),
+                        acc0 * weight[:, None],
+                    )
+                    if V1 > 0:
+                        merged1 = tl.fma(
+                            merged1,
+                            tl.broadcast_to(alpha[:, None], [BLOCK_M, V1]),
+                            acc1 * weight[:, None],
+                        )
+                    merged_max = new_max
+                    if whole == 1:
+                        row_max = merged_max
+                        row_sum = merged_sum
+                        acc0 = merged0
+                        if V1 > 0:
+                            acc1 = merged1
+                    else:
+                        slot += 1
+                        target = slot
                 if direct:
                     if HAS_SINK:
                         sink = tl.load(sinks_ptr + head * GROUP + rows % GROUP)
@@ -645,7 +706,10 @@ def decode_kernel(
                         tl.store(lse_ptr + lse_row, lse, mask=row_mask)
                 elif part_ptr is not None:  # None: no sequence is cut
                     part_row = target.to(tl.int64) * ROWS + tl.arange(0, BLOCK_M)
-                    keep_row = tl.arange(0, BLOCK_M) < ROWS
+                    stored = ROWS
+                    if CHUNKED:
+                        stored = tl.where((whole == 0) | (step == count - 1), ROWS, 0)
+                    keep_row = row_mask & (tl.arange(0, BLOCK_M) < stored)
                     part_base = part_ptr + part_row[:, None] * (V0 + V1)
                     tl.store(part_base + vdims0[None, :], acc0, mask=keep_row[:, None])
                     if V1 > 0:
@@ -657,7 +721,16 @@ def decode_kernel(
                 acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
                 if V1 > 0:
                     acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
-                whole = 1
+                if CHUNKED:
+                    if last:
+                        merged_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
+                        merged_sum = tl.zeros([BLOCK_M], tl.float32)
+                        merged0 = tl.zeros([BLOCK_M, V0], tl.float32)
+                        if V1 > 0:
+                            merged1 = tl.zeros([BLOCK_M, V1], tl.float32)
+                    whole = tl.where(last, 1, whole)
+                else:
+                    whole = 1
             seq_idx = seq_idx_
             lane = lane_
             tile = tile_

@@ -1,8 +1,8 @@
 """The line of work that the decode path shares out: lengths to ranges, on the device.
 
-The line is made of units, sequence after sequence. Balanced, a unit is one key tile, and ranges cut
-sequences anywhere. With `chunking` = (smallest chunk, most pieces) a unit is a piece of a sequence
-of a whole chunk of tiles: the pieces of a sequence then depend on its own length alone.
+The line is made of key tiles, sequence after sequence. Balanced, ranges cut sequences anywhere.
+With `chunking` = (smallest chunk, most pieces) a sequence consists of pieces of a whole chunk of
+tiles, which depend on its own length alone, and a range begins at the piece that is nearest.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def decode_work(
     lengths,
     windows,
     GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -27,8 +28,8 @@ def decode_work(
 
     Returns first query token, query length, first key token, visible [begin, end), the offset
     sk - sq, the left padding, and the number of key tiles. Sequences that belong to the prefill
-    path come back with query length 0 and one tile, so that the line has no gaps; masked ones with
-    no tile.
+    path, or to a launch for fewer rows (up to MIN_ROWS, if not None), come back with query length 0
+    and one tile, so that the line has no gaps; masked ones with no tile.
     """
     first_q, seqlen_q = query_span(seq_idx, mask, lengths)
     first_k, seqlen_k = key_span(seq_idx, mask, lengths)
@@ -36,6 +37,8 @@ def decode_work(
     padding = left_padding(seq_idx, mask, seqlen_k, lengths)
     begin, end = visible_keys(0, seqlen_q, offset, padding, seqlen_k, windows)
     seqlen_q = tl.where(seqlen_q * GROUP <= MAX_ROWS, seqlen_q, 0)
+    if MIN_ROWS is not None:
+        seqlen_q = tl.where(seqlen_q * GROUP > MIN_ROWS, seqlen_q, 0)
     tiles = tl.where(seqlen_q > 0, (end - begin + BLOCK_N - 1) // BLOCK_N, 0)
     tiles = tl.where(mask, tl.maximum(tiles, 1), 0)
     return first_q, seqlen_q, first_k, begin, end, offset, padding, tiles
@@ -48,17 +51,13 @@ def chunk_tiles(tiles, chunking):
 
 
 @triton.jit
-def line_units(tiles, chunking):
-    """Units of sequences of `tiles` key tiles."""
-    if chunking is None:
-        return tiles
-    else:
-        chunk = chunk_tiles(tiles, chunking)
-        return (tiles + chunk - 1) // chunk
+def nearest_piece(tile, tiles, chunk):
+    """The start of a piece of a sequence of `tiles` that is nearest to `tile`; may be the end."""
+    return tl.minimum((tile + chunk // 2) // chunk * chunk, tiles)
 
 
 @triton.jit
-def program_range(pid, programs, total_units, LANES: tl.constexpr, LANES_DIVIDE: tl.constexpr):
+def program_range(pid, programs, total_tiles, LANES: tl.constexpr, LANES_DIVIDE: tl.constexpr):
     """(lane, index, first position, share, extra) of program `pid`'s range of the line.
 
     A lane is a kv head, or some rows of one. Ranges follow each other by index; the first `extra`
@@ -70,10 +69,10 @@ def program_range(pid, programs, total_units, LANES: tl.constexpr, LANES_DIVIDE:
     parts = programs // LANES
     if LANES_DIVIDE:
         index = pid // LANES
-        line = total_units
+        line = total_tiles
     else:
         index = lane * parts + tl.minimum(lane, programs % LANES) + pid // LANES
-        line = total_units * LANES
+        line = total_tiles * LANES
         parts = programs
     share = line // parts
     extra = line - share * parts
@@ -93,72 +92,80 @@ def range_of(position, share, extra):
 
 
 @triton.jit
-def units_of_block(
+def tiles_of_block(
     start,
     batch,
     lengths,
     windows,
-    chunking,
     GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """(units, tiles) of BLOCK_B sequences from `start` on, 0 behind the batch."""
+    """(tiles, query lengths) of BLOCK_B sequences from `start` on, 0 behind the batch."""
     idx = start + tl.arange(0, BLOCK_B)
-    _, _, _, _, _, _, _, tiles = decode_work(
-        idx, idx < batch, lengths, windows, GROUP, MAX_ROWS, BLOCK_N
+    _, seqlen_q, _, _, _, _, _, tiles = decode_work(
+        idx, idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
     )
-    return line_units(tiles, chunking), tiles
+    return tiles, seqlen_q
 
 
 @triton.jit
-def total_and_units(
+def total_and_tiles(
     batch,
     lengths,
     windows,
-    chunking,
     GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """Units of all sequences together; units and tiles of the last block of them one by one."""
+    """Tiles of all sequences together, and those of the last block of them one by one.
+
+    Of launches for some numbers of rows only, the total is 0 where no sequence has so many.
+    """
     if ONE_BLOCK:
-        units, tiles = units_of_block(
-            0, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
+        tiles, seqlens_q = tiles_of_block(
+            0, batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B
         )
-        total = tl.sum(units, 0)
+        total = tl.sum(tiles, 0)
+        if MIN_ROWS is not None:
+            total = tl.where(tl.max(seqlens_q, 0) > 0, total, 0)
     else:
         total = 0
-        units = tl.zeros([BLOCK_B], tl.int32)
+        longest = 0
         tiles = tl.zeros([BLOCK_B], tl.int32)
         for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-            units, tiles = units_of_block(
-                start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
+            tiles, seqlens_q = tiles_of_block(
+                start, batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B
             )
-            total += tl.sum(units, 0)
-    return total, units, tiles
+            total += tl.sum(tiles, 0)
+            longest = tl.maximum(longest, tl.max(seqlens_q, 0))
+        if MIN_ROWS is not None:
+            total = tl.where(longest > 0, total, 0)
+    return total, tiles
 
 
 @triton.jit
 def locate(
     position,
-    units,
+    tiles,
     batch,
     lengths,
     windows,
-    chunking,
     GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """The sequence that holds unit `position` of the line, and its first unit's position."""
+    """The sequence that holds tile `position` of the line, and its first tile's position."""
     if ONE_BLOCK:
-        upto = tl.cumsum(units, 0)
+        upto = tl.cumsum(tiles, 0)
         passed = (upto <= position) & (tl.arange(0, BLOCK_B) < batch)
         seq_idx = tl.sum(passed.to(tl.int32), 0)
         before = tl.max(tl.where(passed, upto, 0), 0)
@@ -167,8 +174,8 @@ def locate(
         before = 0
         carry = 0
         for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-            block, _ = units_of_block(
-                start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
+            block, _ = tiles_of_block(
+                start, batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B
             )
             upto = carry + tl.cumsum(block, 0)
             passed = (upto <= position) & (start + tl.arange(0, BLOCK_B) < batch)
@@ -179,52 +186,41 @@ def locate(
 
 
 @triton.jit
-def units_before(
-    seq_idx,
+def locate_piece(
+    position,
+    tiles,
     batch,
     lengths,
     windows,
     chunking,
     GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
-    """Units of the sequences before `seq_idx`."""
-    before = 0
-    for start in tl.range(0, seq_idx, BLOCK_B, num_stages=1):
-        units, _ = units_of_block(
-            start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
-        )
-        before += tl.sum(tl.where(start + tl.arange(0, BLOCK_B) < seq_idx, units, 0), 0)
-    return before
-
-
-@triton.jit
-def tiles_in_range(
-    first,
-    count,
-    batch,
-    lengths,
-    windows,
-    chunking,
-    GROUP: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    """Key tiles of the chunked units [first, first + count) of the line."""
-    total = 0
-    carry = 0
-    for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-        units, tiles = units_of_block(
-            start, batch, lengths, windows, chunking, GROUP, MAX_ROWS, BLOCK_N, BLOCK_B
-        )
-        upto = carry + tl.cumsum(units, 0)
-        begin = tl.maximum(first, upto - units) - (upto - units)
-        end = tl.minimum(first + count, upto) - (upto - units)
-        chunk = chunk_tiles(tiles, chunking)
-        inside = tl.minimum(end * chunk, tiles) - begin * chunk
-        total += tl.sum(tl.where(end > begin, inside, 0), 0)
-        carry += tl.sum(units, 0)
-    return total
+    """The piece that begins nearest to `position`: sequence, its first tile's position, tile."""
+    seq_idx, before = locate(
+        position,
+        tiles,
+        batch,
+        lengths,
+        windows,
+        GROUP,
+        MIN_ROWS,
+        MAX_ROWS,
+        BLOCK_N,
+        BLOCK_B,
+        ONE_BLOCK,
+    )
+    its_tiles = decode_work(
+        seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
+    )[7]
+    tile = nearest_piece(position - before, its_tiles, chunk_tiles(its_tiles, chunking))
+    passed = (tile == its_tiles) & (seq_idx < batch)
+    return (
+        seq_idx + passed.to(tl.int32),
+        tl.where(passed, before + its_tiles, before),
+        tl.where(passed, 0, tile),
+    )

@@ -45,8 +45,9 @@ FP8_FORMATS = {
     torch.float8_e5m2fnuz: "e5m2fnuz",
 }
 REGISTERS_PER_SM = 65536
-INVARIANT_CHUNK = 512
+INVARIANT_CHUNK = 256
 INVARIANT_PIECES = 64
+"""Keys of a batch-invariant piece, or more where a sequence would have more pieces than this."""
 LIST_ARGUMENTS = (
     "sparse_stride_b",
     "sparse_stride_h",
@@ -245,7 +246,9 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     prefill: tuple[PlannedLaunch, ...] = ()
     decode: tuple[PlannedLaunch, ...] = ()
     partial_floats = plan_entries = transposed = 0
-    if rows:
+    if rows and spec.batch_invariant:
+        decode, partial_floats = _invariant_decode(problem, device, most_rows, common)
+    elif rows:
         decode, partial_floats = _decode(problem, device, rows, common)
     if most_rows > rows or not rows:
         prefill, counters, transposed = _prefill(
@@ -293,7 +296,7 @@ def _wanted_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, varlen_q: 
     group = spec.q_heads_per_kv
     if spec.batch_invariant:
         # The path of a row must not depend on how long its neighbours may be.
-        return max(16, next_power_of_2(group)) if group <= 128 else 0
+        return max(invariant_launches(spec, device), default=0)
     limit = next(n for n in (MAX_DECODE_ROWS, 32, 16) if decode_fits(spec, device, n))
     if most_rows <= limit:
         return next_power_of_2(most_rows)
@@ -308,13 +311,32 @@ def _wanted_rows(spec: AttnSpec, device: DeviceFacts, most_rows: int, varlen_q: 
     return rows if rows <= limit else 128
 
 
-def _chunking(spec: AttnSpec, block_n: int) -> tuple[int | None, int | None]:
-    """(smallest chunk in tiles, most pieces of a sequence); (None, None) is balanced.
+def invariant_launches(spec: AttnSpec, device: DeviceFacts) -> tuple[int, ...]:
+    """The most rows of each decode launch of a batch-invariant call; a sequence is in the first
+    that it fits.
 
-    Batch-invariant chunks are of 512 keys, longer where a sequence would have over 64 of them.
+    Which launch that is follows from a sequence's own rows: their bits depend on the tile. NVIDIA's
+    products of 16 and of 32 rows sum alike, so that one launch serves both if they share a tile.
     """
+    group = spec.q_heads_per_kv
+    alike = (
+        device.kind == "cuda"
+        and decode_fits(spec, device, 32)
+        and decode_tile(spec, device, 16) == decode_tile(spec, device, 32)
+    )
+    fewest = max(32 if alike else 16, next_power_of_2(group))
+    if fewest > 128:
+        return ()
+    several = fewest < MAX_DECODE_ROWS and decode_fits(spec, device, MAX_DECODE_ROWS)
+    rows = (fewest, MAX_DECODE_ROWS) if several else (fewest,)
+    return tuple(n for n in rows if decode_fits(spec, device, n))
+
+
+def _chunking(spec: AttnSpec, block_n: int) -> tuple[int | None, int | None]:
+    """(smallest chunk in tiles, most pieces of a sequence); (None, None) is balanced."""
     if spec.batch_invariant:
-        return INVARIANT_CHUNK // block_n, min(INVARIANT_PIECES, spec.num_splits or 64)
+        most = min(INVARIANT_PIECES, spec.num_splits or INVARIANT_PIECES)
+        return max(1, INVARIANT_CHUNK // block_n), most
     return (1, spec.num_splits) if spec.num_splits else (None, None)
 
 
@@ -445,10 +467,13 @@ def _decode(
     row_blocks: int = 1,
     *,
     on_hopper: bool = False,
+    min_rows: int | None = None,
+    tile_rows: int | None = None,
 ) -> tuple[tuple[PlannedLaunch, ...], int]:
     """The attention and the merge launch of the decode path, and their workspace.
 
     The query rows of a kv head are `row_blocks` times `rows`, each block a lane of its own.
+    Sequences of up to `min_rows` are left alone; the tile is the one for `tile_rows`.
     """
     spec, bounds = problem.spec, problem.bounds
     if on_hopper:
@@ -456,15 +481,18 @@ def _decode(
     elif "qv" in spec.features:
         tile = latent_tile(spec, device, rows)
     else:
-        tile = decode_tile(spec, device, rows)
+        tile = decode_tile(spec, device, tile_rows or rows)
     smallest_chunk, most_pieces = _chunking(spec, tile.block_n)
     lanes = spec.num_heads_kv * row_blocks
     programs = decode_programs(device, tile, lanes, bounds.batch, spec.sm_margin)
-    slots = 2 * programs
+    program_slots = 2
     if smallest_chunk and most_pieces:
-        programs = max(1, programs // lanes) * lanes
         tiles = -(-common["total_k"] // tile.block_n)
-        slots = min(most_pieces, -(-tiles // smallest_chunk)) * bounds.batch * lanes
+        ranges = programs // lanes if programs % lanes == 0 else programs / lanes
+        longest = math.ceil(tiles * bounds.batch / ranges)
+        entered = min(most_pieces, -(-tiles // smallest_chunk)) - 1
+        program_slots = 1 + min(entered, longest // smallest_chunk + 3)
+    slots = program_slots * programs
     size = spec.kv_dtype.itemsize
     d0, d1 = decode_panels(spec.head_dim, rows, size)
     v0, v1 = decode_panels(spec.head_dim_v, rows, size)
@@ -478,6 +506,7 @@ def _decode(
         "programs": programs,
         "ROW_BLOCKS": row_blocks,
         "LANES_DIVIDE": programs % lanes == 0,
+        "MIN_ROWS": min_rows,
         "MAX_ROWS": rows * row_blocks,
         "ROWS": rows,
         "BLOCK_N": tile.block_n,
@@ -485,6 +514,7 @@ def _decode(
         "ONE_BLOCK": bounds.batch <= _block_b(bounds.batch),
         "PDL": pdl,
         "num_slots": slots,
+        "program_slots": program_slots,
         "smallest_chunk": smallest_chunk,
         "most_pieces": most_pieces,
     }
@@ -517,12 +547,14 @@ def _decode(
         )
     if most_pieces == 1:
         return (attend,), 0
-    pieces = most_pieces or programs // lanes // bounds.batch + 2
+    pieces = programs // lanes // bounds.batch + 2
     block_p, block_r, warps = _merge_shape(pieces, spec, rows)
-    merge_programs = bounds.batch * lanes if most_pieces else programs
+    if most_pieces:
+        # One piece after the other: the loads of `block_p` of them run at a time.
+        block_p, block_r, warps = 8, max(1, rows // 8), max(1, rows // 8)
     merge = PlannedLaunch(
         combine_kernel,
-        (merge_programs, rows // block_r, 1),
+        (programs, rows // block_r, 1),
         _arguments(
             combine_kernel,
             common,
@@ -535,6 +567,28 @@ def _decode(
         {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
     )
     return (attend, merge), slots * rows * (v0 + v1 + 2)
+
+
+def _invariant_decode(
+    problem: Problem, device: DeviceFacts, most_rows: int, common: dict[str, Any]
+) -> tuple[tuple[PlannedLaunch, ...], int]:
+    """`_decode` of batch-invariant calls: a launch for each class of rows that the bound allows."""
+    launches: tuple[PlannedLaunch, ...] = ()
+    floats = 0
+    classes = invariant_launches(problem.spec, device)
+    needed = next((i + 1 for i, n in enumerate(classes) if most_rows <= n), len(classes))
+    min_rows = 0 if needed > 1 or most_rows > classes[0] else None
+    for tile_rows in classes[:needed]:
+        # Fewer rows than those of the smallest product are only stored.
+        fewer = next_power_of_2(most_rows) if tile_rows == classes[0] <= 32 else tile_rows
+        rows = min(tile_rows, fewer)
+        steps, its_floats = _decode(
+            problem, device, rows, common, min_rows=min_rows, tile_rows=tile_rows
+        )
+        launches += steps
+        floats = max(floats, its_floats)  # one after the other
+        min_rows = tile_rows
+    return launches, floats
 
 
 def _decode_options(tile: DecodeTile, device: DeviceFacts) -> dict[str, Any]:
@@ -700,7 +754,9 @@ def schedule(
         "BLOCK_N": block_n,
         "BLOCK_M": block_m,
         "BLOCK_B": block_b,
+        "ONE_BLOCK": bounds.batch <= block_b,
         # Of calls without a prefill path nobody reads the order.
+        "HAS_PREFILL": most_rows > rows,
         "ORDERED": bounds.batch <= block_b and most_rows > rows,
     }
     warps = 4 if block_b <= 256 else 16 if values["ORDERED"] else 8

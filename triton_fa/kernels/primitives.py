@@ -40,6 +40,7 @@ VARYING = (
     "num_row_tiles",
     "programs",
     "num_slots",
+    "program_slots",
     "smallest_chunk",
     "most_pieces",
     "window_left",
@@ -371,6 +372,16 @@ def masked_by(MASK_MOD: tl.constexpr, raw, cells):
     """Scores that the caller's function does not keep become -inf."""
     keep = MASK_MOD(cells[0], cells[1], cells[2], cells[3], cells[4], cells[5], cells[6])
     return tl.where(keep, raw, NEG_INF)
+
+
+@triton.jit
+def merge_factors(row_max, part_max):
+    """(maximum, factor of what is there, factor of a part) where a part joins partial results.
+
+    The kernels that merge use `tl.fma` where they apply them, so that all round alike.
+    """
+    new_max = tl.maximum(row_max, part_max)
+    return new_max, tl.exp2(row_max - new_max), tl.exp2(part_max - new_max)
 
 
 @triton.jit
