@@ -315,15 +315,16 @@ def invariant_launches(spec: AttnSpec, device: DeviceFacts) -> tuple[int, ...]:
     """The most rows of each decode launch of a batch-invariant call; a sequence is in the first
     that it fits.
 
-    Which launch that is follows from a sequence's own rows: their bits depend on the tile. NVIDIA's
-    products of 16 and of 32 rows sum alike, so that one launch serves both if they share a tile.
+    Which launch that is follows from a sequence's own rows: their bits depend on how a tile is
+    summed. NVIDIA's products of 16 and of 32 rows are spread over warps alike where they have more
+    than 32 columns, so that one launch serves both.
     """
     group = spec.q_heads_per_kv
-    alike = (
-        device.kind == "cuda"
-        and decode_fits(spec, device, 32)
-        and decode_tile(spec, device, 16) == decode_tile(spec, device, 32)
-    )
+    alike = device.kind == "cuda" and decode_fits(spec, device, 32)
+    if alike:
+        tile = decode_tile(spec, device, 16)
+        columns = (tile.block_n, *filter(None, decode_panels(spec.head_dim_v, 16)))
+        alike = tile == decode_tile(spec, device, 32) and min(columns) > 32
     fewest = max(32 if alike else 16, next_power_of_2(group))
     if fewest > 128:
         return ()
