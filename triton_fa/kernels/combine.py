@@ -112,7 +112,7 @@ def combine_kernel(
         lane = final // tl.maximum(total_tiles, 1)
         line_start = lane * total_tiles
         range_start = 0
-    seq_idx, before = locate(
+    seq_idx, before, _ = locate(
         tl.maximum(final - line_start, 0),
         tiles,
         batch,
@@ -132,7 +132,8 @@ def combine_kernel(
     if CHUNKED:
         chunk = chunk_tiles(num_tiles, (smallest_chunk, most_pieces))
         pieces = (num_tiles + chunk - 1) // chunk
-        merged = nearest_piece(stop - begin, num_tiles, chunk) // chunk
+        # Up to the end is all pieces, even if the last is short.
+        merged = (nearest_piece(stop - begin, num_tiles, chunk) + chunk - 1) // chunk
         entered = nearest_piece(tl.maximum(first - begin, 0), num_tiles, chunk)
         ours = (entered == 0) & (merged > 0) & (merged < pieces)
     else:

@@ -302,6 +302,7 @@ def decode_kernel(
     if CHUNKED:
         chunking = (smallest_chunk, most_pieces)
         slot *= program_slots
+        piece_slot = slot + 1
         stop = position + count
         stop_start = 0 if LANES_DIVIDE else stop // tl.maximum(total_tiles, 1) * total_tiles
         _, stop_before, stop_tile = locate_piece(
@@ -345,7 +346,7 @@ def decode_kernel(
         grid_dependency_release()
     if count > 0:
         if not CHUNKED:
-            seq_idx, before = locate(
+            seq_idx, before, _ = locate(
                 position,
                 tiles,
                 batch,
@@ -633,6 +634,7 @@ def decode_kernel(
                 acc1 = dot(weights, values[1], acc1 * alpha[:, None], IEEE, INTERPRETED)
             if CHUNKED:
                 done = last | ((tile + 1) % chunk == 0)
+                several = (tile >= chunk) | (last == 0)
                 chunk = tl.where(last, chunk_tiles(num_tiles_, chunking), chunk)
                 target = slot
             else:
@@ -647,29 +649,28 @@ def decode_kernel(
                     if V1 > 0:
                         acc1 *= v_factor
                 if CHUNKED:
-                    new_max, alpha, weight = merge_factors(merged_max, row_max)
-                    merged_sum = tl.fma(merged_sum, alpha, row_sum * weight)
-                    merged0 = tl.fma(
-                        merged0,
-                        tl.broadcast_to(alpha[:, None], [BLOCK_M, V0]),
-                        acc0 * weight[:, None],
-                    )
-                    if V1 > 0:
-                        merged1 = tl.fma(
-                            merged1,
-                            tl.broadcast_to(alpha[:, None], [BLOCK_M, V1]),
-                            acc1 * weight[:, None],
+                    if whole == 0:
+                        target = piece_slot
+                        piece_slot += 1
+                    elif several:
+                        new_max, alpha, weight = merge_factors(merged_max, row_max)
+                        total = tl.fma(merged_sum, alpha, total * weight)
+                        acc0 = tl.fma(
+                            merged0,
+                            tl.broadcast_to(alpha[:, None], [BLOCK_M, V0]),
+                            acc0 * weight[:, None],
                         )
-                    merged_max = new_max
-                    if whole == 1:
-                        row_max = merged_max
-                        row_sum = merged_sum
-                        acc0 = merged0
+                        merged0 = acc0
                         if V1 > 0:
-                            acc1 = merged1
-                    else:
-                        slot += 1
-                        target = slot
+                            acc1 = tl.fma(
+                                merged1,
+                                tl.broadcast_to(alpha[:, None], [BLOCK_M, V1]),
+                                acc1 * weight[:, None],
+                            )
+                            merged1 = acc1
+                        row_max = new_max
+                        merged_max = row_max
+                        merged_sum = total
                 if direct:
                     if HAS_SINK:
                         sink = tl.load(sinks_ptr + head * GROUP + rows % GROUP)

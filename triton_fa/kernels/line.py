@@ -46,8 +46,12 @@ def decode_work(
 
 @triton.jit
 def chunk_tiles(tiles, chunking):
-    """Tiles of one piece of a sequence of `tiles`."""
-    return tl.maximum((tiles + chunking[1] - 1) // chunking[1], chunking[0])
+    """Tiles of one piece of a sequence of `tiles`.
+
+    An eighth of it, from the smallest chunk to four of those; more where it would have too many.
+    """
+    eighth = tl.minimum(tl.maximum((tiles + 7) // 8, chunking[0]), 4 * chunking[0])
+    return tl.maximum((tiles + chunking[1] - 1) // chunking[1], eighth)
 
 
 @triton.jit
@@ -84,11 +88,8 @@ def program_range(pid, programs, total_tiles, LANES: tl.constexpr, LANES_DIVIDE:
 def range_of(position, share, extra):
     """The index of the range that holds `position`: the inverse of `program_range`."""
     in_long = extra * (share + 1)
-    return tl.where(
-        position < in_long,
-        position // (share + 1),
-        extra + (position - in_long) // tl.maximum(share, 1),
-    )
+    short = (position >= in_long).to(tl.int32)
+    return short * extra + (position - short * in_long) // tl.maximum(share + 1 - short, 1)
 
 
 @triton.jit
@@ -163,16 +164,22 @@ def locate(
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """The sequence that holds tile `position` of the line, and its first tile's position."""
+    """(sequence that holds tile `position` of the line, its first tile's position, its tiles).
+
+    Behind the line: (batch, the line's end, 0).
+    """
     if ONE_BLOCK:
         upto = tl.cumsum(tiles, 0)
         passed = (upto <= position) & (tl.arange(0, BLOCK_B) < batch)
         seq_idx = tl.sum(passed.to(tl.int32), 0)
         before = tl.max(tl.where(passed, upto, 0), 0)
+        # Behind the batch `upto` stays at the line's end.
+        its_end = tl.min(tl.where(passed, 0x7FFFFFFF, upto), 0)
     else:
         seq_idx = 0
         before = 0
         carry = 0
+        its_end = 0x7FFFFFFF
         for start in tl.range(0, batch, BLOCK_B, num_stages=1):
             block, _ = tiles_of_block(
                 start, batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B
@@ -181,8 +188,9 @@ def locate(
             passed = (upto <= position) & (start + tl.arange(0, BLOCK_B) < batch)
             seq_idx += tl.sum(passed.to(tl.int32), 0)
             before = tl.maximum(before, tl.max(tl.where(passed, upto, 0), 0))
+            its_end = tl.minimum(its_end, tl.min(tl.where(passed, 0x7FFFFFFF, upto), 0))
             carry += tl.sum(block, 0)
-    return seq_idx, before
+    return seq_idx, before, tl.where(seq_idx < batch, its_end - before, 0)
 
 
 @triton.jit
@@ -201,7 +209,7 @@ def locate_piece(
     ONE_BLOCK: tl.constexpr,
 ):
     """The piece that begins nearest to `position`: sequence, its first tile's position, tile."""
-    seq_idx, before = locate(
+    seq_idx, before, its_tiles = locate(
         position,
         tiles,
         batch,
@@ -214,9 +222,6 @@ def locate_piece(
         BLOCK_B,
         ONE_BLOCK,
     )
-    its_tiles = decode_work(
-        seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
-    )[7]
     tile = nearest_piece(position - before, its_tiles, chunk_tiles(its_tiles, chunking))
     passed = (tile == its_tiles) & (seq_idx < batch)
     return (

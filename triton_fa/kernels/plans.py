@@ -45,9 +45,9 @@ FP8_FORMATS = {
     torch.float8_e5m2fnuz: "e5m2fnuz",
 }
 REGISTERS_PER_SM = 65536
-INVARIANT_CHUNK = 256
+INVARIANT_CHUNK = 128
 INVARIANT_PIECES = 64
-"""Keys of a batch-invariant piece, or more where a sequence would have more pieces than this."""
+"""The fewest keys of a batch-invariant piece, and the most pieces of a sequence."""
 LIST_ARGUMENTS = (
     "sparse_stride_b",
     "sparse_stride_h",
@@ -491,7 +491,7 @@ def _decode(
         tiles = -(-common["total_k"] // tile.block_n)
         ranges = programs // lanes if programs % lanes == 0 else programs / lanes
         longest = math.ceil(tiles * bounds.batch / ranges)
-        entered = min(most_pieces, -(-tiles // smallest_chunk)) - 1
+        entered = min(most_pieces, max(8, -(-tiles // (4 * smallest_chunk)))) - 1
         program_slots = 1 + min(entered, longest // smallest_chunk + 3)
     slots = program_slots * programs
     size = spec.kv_dtype.itemsize
@@ -573,18 +573,28 @@ def _decode(
 def _invariant_decode(
     problem: Problem, device: DeviceFacts, most_rows: int, common: dict[str, Any]
 ) -> tuple[tuple[PlannedLaunch, ...], int]:
-    """`_decode` of batch-invariant calls: a launch for each class of rows that the bound allows."""
+    """`_decode` of batch-invariant calls: launches for each class of rows that there may be."""
     launches: tuple[PlannedLaunch, ...] = ()
     floats = 0
     classes = invariant_launches(problem.spec, device)
-    needed = next((i + 1 for i, n in enumerate(classes) if most_rows <= n), len(classes))
-    min_rows = 0 if needed > 1 or most_rows > classes[0] else None
-    for tile_rows in classes[:needed]:
+    only = most_rows <= classes[0]
+    if problem.spec.query_layout == "dense" and problem.tensors.seqused_q is None:
+        # All sequences have as many rows.
+        wanted = tuple(n for n in classes if most_rows <= n)[:1]
+        only = True
+    else:
+        wanted = tuple(n for i, n in enumerate(classes) if i == 0 or most_rows > classes[i - 1])
+    min_rows = None if only else 0
+    for tile_rows in wanted:
         # Fewer rows than those of the smallest product are only stored.
         fewer = next_power_of_2(most_rows) if tile_rows == classes[0] <= 32 else tile_rows
-        rows = min(tile_rows, fewer)
         steps, its_floats = _decode(
-            problem, device, rows, common, min_rows=min_rows, tile_rows=tile_rows
+            problem,
+            device,
+            min(tile_rows, fewer),
+            common,
+            min_rows=min_rows,
+            tile_rows=tile_rows,
         )
         launches += steps
         floats = max(floats, its_floats)  # one after the other
@@ -597,7 +607,8 @@ def _decode_options(tile: DecodeTile, device: DeviceFacts) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     threads = 32 * tile.num_warps * tile.programs_per_sm
     if device.kind == "cuda" and REGISTERS_PER_SM // threads < 255:
-        options["maxnreg"] = REGISTERS_PER_SM // threads
+        # A warp is given them eight a thread at a time.
+        options["maxnreg"] = REGISTERS_PER_SM // threads // 8 * 8
     return options
 
 
