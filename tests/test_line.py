@@ -13,14 +13,16 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 
 from triton_fa.kernels.line import (  # noqa: E402  triton may be missing
+    chunk_tiles,
     decode_work,
+    holder_of,
     locate,
+    piece_range,
     program_range,
     range_of,
-    tiles_in_range,
-    total_and_units,
-    units_before,
+    total_and_tiles,
 )
+from triton_fa.kernels.plans import piece_slots  # noqa: E402
 
 ci = hypothesis.settings(
     max_examples=30,
@@ -49,6 +51,7 @@ def work_kernel(
     window_left,
     window_right,
     GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
     MAX_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -70,7 +73,14 @@ def work_kernel(
     )
     idx = tl.arange(0, BLOCK_B)
     first_q, seqlen_q, first_k, begin, end, offset, _, tiles = decode_work(
-        idx, idx < batch, lengths, (window_left, window_right, None), GROUP, MAX_ROWS, BLOCK_N
+        idx,
+        idx < batch,
+        lengths,
+        (window_left, window_right, None),
+        GROUP,
+        MIN_ROWS,
+        MAX_ROWS,
+        BLOCK_N,
     )
     tl.store(into_ptr + idx, first_q + 0 * idx)
     tl.store(into_ptr + BLOCK_B + idx, seqlen_q + 0 * idx)
@@ -106,15 +116,13 @@ def range_kernel(
 
 @triton.jit
 def locate_kernel(
-    into_ptr,  # [3, positions]: sequence, its first unit's position, tiles up to and with this unit
+    into_ptr,  # [3, positions]: what `locate` returns
     total_ptr,
-    before_ptr,  # [batch]: `units_before` each sequence
     seqused_k_ptr,
     batch,
     max_seqlen_k,
     positions,
-    smallest_chunk,
-    most_pieces,
+    MIN_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -122,28 +130,83 @@ def locate_kernel(
     """`locate` of every position of the line of `batch` one-token sequences."""
     lengths = (None, None, batch, 1, None, seqused_k_ptr, 1, 0, max_seqlen_k, None, None, None)
     windows = (None, None, None)
-    if most_pieces is None:
-        chunking = None
-    else:
-        chunking = (smallest_chunk, most_pieces)
-    total, units, _ = total_and_units(
-        batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B, ONE_BLOCK
+    total, tiles = total_and_tiles(
+        batch, lengths, windows, 1, MIN_ROWS, 1, BLOCK_N, BLOCK_B, ONE_BLOCK
     )
     tl.store(total_ptr, total)
     for position in tl.range(0, positions):
-        seq_idx, before = locate(
-            position, units, batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B, ONE_BLOCK
+        seq_idx, before, its_tiles = locate(
+            position, tiles, batch, lengths, windows, 1, None, 1, BLOCK_N, BLOCK_B, ONE_BLOCK
         )
         tl.store(into_ptr + position, seq_idx)
         tl.store(into_ptr + positions + position, before)
-        if most_pieces is not None:
-            upto = tiles_in_range(
-                0, position + 1, batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B
-            )
-            tl.store(into_ptr + 2 * positions + position, upto)
-    for seq_idx in tl.range(0, batch):
-        before = units_before(seq_idx, batch, lengths, windows, chunking, 1, 1, BLOCK_N, BLOCK_B)
-        tl.store(before_ptr + seq_idx, before)
+        tl.store(into_ptr + 2 * positions + position, its_tiles)
+
+
+@triton.jit
+def piece_kernel(
+    into_ptr,  # [programs, 5]: index, and what `piece_range` returns
+    holder_ptr,  # [lanes, batch, most pieces, 2]: what `holder_of` returns
+    chunk_ptr,  # [batch]
+    seqused_k_ptr,
+    batch,
+    max_seqlen_k,
+    smallest_chunk,
+    most_pieces,
+    LANES: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
+    """The range of one program; program 0 also looks for every piece. Tiles are of one key."""
+    lengths = (None, None, batch, 1, None, seqused_k_ptr, 1, 0, max_seqlen_k, None, None, None)
+    windows = (None, None, None)
+    chunking = (smallest_chunk, most_pieces)
+    DIVIDE: tl.constexpr = PROGRAMS % LANES == 0
+    pid = tl.program_id(0)
+    total, tiles = total_and_tiles(batch, lengths, windows, 1, None, 1, 1, BLOCK_B, ONE_BLOCK)
+    lane, index, position, share, extra = program_range(pid, PROGRAMS, total, LANES, DIVIDE)
+    count = share + (index < extra).to(tl.int32)
+    if not DIVIDE:
+        lane = position // total
+        position -= lane * total
+    lane, seq_idx, tile, count = piece_range(
+        lane,
+        position,
+        count,
+        tiles,
+        total,
+        batch,
+        lengths,
+        windows,
+        chunking,
+        1,
+        None,
+        1,
+        1,
+        BLOCK_B,
+        ONE_BLOCK,
+        DIVIDE,
+    )
+    tl.store(into_ptr + pid * 5, index)
+    tl.store(into_ptr + pid * 5 + 1, lane)
+    tl.store(into_ptr + pid * 5 + 2, seq_idx)
+    tl.store(into_ptr + pid * 5 + 3, tile)
+    tl.store(into_ptr + pid * 5 + 4, count)
+    if pid == 0:
+        begin = 0
+        for seq_idx in tl.range(0, batch):
+            its_tiles = tl.maximum(tl.load(seqused_k_ptr + seq_idx), 1)
+            chunk = chunk_tiles(its_tiles, chunking)
+            tl.store(chunk_ptr + seq_idx, chunk)
+            for lane in tl.static_range(LANES):
+                line = begin if DIVIDE else begin + lane * total
+                for piece in tl.range(0, (its_tiles + chunk - 1) // chunk):
+                    holder, before = holder_of(piece, line, its_tiles, chunk, share, extra)
+                    place = ((lane * batch + seq_idx) * most_pieces + piece) * 2
+                    tl.store(holder_ptr + place, holder)
+                    tl.store(holder_ptr + place + 1, before)
+            begin += its_tiles
 
 
 def int32(values: list[int], device: str) -> torch.Tensor:
@@ -244,59 +307,137 @@ def test_the_pieces_of_a_sequence_have_consecutive_indices(
 
 @ci
 @hypothesis.given(
-    seqlens_k=st.lists(st.integers(0, 70), min_size=1, max_size=10),
-    block_b=st.just(4),
-    chunking=st.one_of(st.none(), st.tuples(st.integers(1, 3), st.integers(1, 4))),
+    seqlens_k=st.lists(st.integers(0, 70), min_size=1, max_size=10), block_b=st.just(4)
 )
-@hypothesis.example(seqlens_k=[0], block_b=4, chunking=None)
-@hypothesis.example(seqlens_k=[0, 0, 0, 0, 0], block_b=4, chunking=(1, 1))
-@hypothesis.example(seqlens_k=[16, 17, 33, 0] * 2, block_b=8, chunking=None)  # exactly one block
-@hypothesis.example(seqlens_k=[1] * 9, block_b=4, chunking=None)  # one in the last of three blocks
-@hypothesis.example(seqlens_k=[70] * 5, block_b=4, chunking=(2, 2))  # pieces of 3 and 2 tiles
+@hypothesis.example(seqlens_k=[0], block_b=4)
+@hypothesis.example(seqlens_k=[16, 17, 33, 0] * 2, block_b=8)  # exactly one block
+@hypothesis.example(seqlens_k=[1] * 9, block_b=4)  # one in the last of three blocks
 def test_a_position_is_found_in_one_block_and_in_several(
-    seqlens_k: list[int], block_b: int, chunking: tuple[int, int] | None, device: str
+    seqlens_k: list[int], block_b: int, device: str
 ) -> None:
     block_n, batch = 16, len(seqlens_k)
     tiles = [max(1, -(-n // block_n)) for n in seqlens_k]
-    pieces = [[1] * n for n in tiles]  # tiles of each unit
-    if chunking is not None:
-        smallest, most = chunking
-        chunks = [max(-(-n // most), smallest) for n in tiles]
-        pieces = [
-            [min(chunk, n - first) for first in range(0, n, chunk)]
-            for n, chunk in zip(tiles, chunks, strict=True)
-        ]
-        assert max(map(len, pieces)) <= most
-    units = [len(cut) for cut in pieces]
-    before = [sum(units[:b]) for b in range(batch)]
-    want = [(b, before[b]) for b, n in enumerate(units) for _ in range(n)]
-    flat = [n for cut in pieces for n in cut]
-    several = (block_b, False)
-    one = (triton.next_power_of_2(max(block_b, batch)), True)
-    for size, one_block in (several, one):
-        total = int32([-1], device)
-        got_before = int32([-1] * batch, device)
-        into = torch.full((3, len(want)), -1, dtype=torch.int32, device=device)
-        locate_kernel[(1,)](
-            into,
-            total,
-            got_before,
-            int32(seqlens_k, device),
-            batch,
-            70,
-            len(want),
-            *(chunking or (None, None)),
-            block_n,
-            size,
-            one_block,
-            num_warps=1,
-        )
-        assert total.item() == sum(units)
-        seq_idx, first, upto = into.tolist()
-        assert list(zip(seq_idx, first, strict=True)) == want
-        assert got_before.tolist() == before
-        if chunking is not None:
-            assert upto == [sum(flat[: i + 1]) for i in range(len(flat))]
+    want = [(b, sum(tiles[:b]), n) for b, n in enumerate(tiles) for _ in range(n)]
+    want.append((batch, sum(tiles), 0))  # behind the line
+    for size, one_block in (
+        (block_b, False),
+        (triton.next_power_of_2(max(block_b, batch)), True),
+    ):
+        into, total = found(seqlens_k, len(want), device, block_n, size, one_block)
+        assert total == sum(tiles)
+        assert list(zip(*into.tolist(), strict=True)) == want
+
+
+def found(
+    seqlens_k: list[int],
+    positions: int,
+    device: str,
+    block_n: int,
+    block_b: int,
+    one_block: bool,
+    min_rows: int | None = None,
+) -> tuple[torch.Tensor, int]:
+    """`locate` of the first `positions`, and the total."""
+    total = int32([-1], device)
+    into = torch.full((3, positions), -1, dtype=torch.int32, device=device)
+    locate_kernel[(1,)](
+        into,
+        total,
+        int32(seqlens_k, device),
+        len(seqlens_k),
+        70,
+        positions,
+        min_rows,
+        block_n,
+        block_b,
+        one_block,
+        num_warps=1,
+    )
+    return into, int(total.item())
+
+
+@pytest.mark.parametrize("one_block", [True, False])
+def test_a_launch_for_other_rows_has_an_empty_line(one_block: bool, device: str) -> None:
+    assert found([5, 40, 3], 1, device, 16, 4, one_block, min_rows=1)[1] == 0
+    assert found([5, 40, 3], 1, device, 16, 4, one_block, min_rows=0)[1] == 5
+
+
+# ---------------------------------------------------------------- ranges of whole pieces
+
+
+@ci
+@hypothesis.given(
+    tiles=st.lists(st.integers(1, 60), min_size=1, max_size=7),
+    lanes=st.integers(1, 3),
+    programs=st.integers(1, 24),
+    chunking=st.tuples(st.integers(1, 4), st.sampled_from((1, 2, 5, 64))),
+    one_block=st.booleans(),
+)
+# The nearest piece is the end of a sequence, whose last piece is short.
+@hypothesis.example(tiles=[7, 4], lanes=1, programs=2, chunking=(1, 2), one_block=True)
+# A range with the pieces of one sequence that leaves the next one half-way.
+@hypothesis.example(tiles=[40, 40], lanes=1, programs=3, chunking=(2, 64), one_block=True)
+@hypothesis.example(tiles=[9, 9], lanes=3, programs=2, chunking=(4, 64), one_block=True)
+@hypothesis.example(tiles=[3], lanes=1, programs=24, chunking=(2, 64), one_block=False)
+def test_every_piece_is_in_one_range_and_found_there(
+    tiles: list[int],
+    lanes: int,
+    programs: int,
+    chunking: tuple[int, int],
+    one_block: bool,
+    device: str,
+) -> None:
+    batch, most = len(tiles), chunking[1]
+    into = torch.full((programs, 5), -1, dtype=torch.int32, device=device)
+    holders = torch.full((lanes, batch, most, 2), -1, dtype=torch.int32, device=device)
+    chunks = torch.full((batch,), -1, dtype=torch.int32, device=device)
+    sizes = (lanes, programs, 8 if one_block else 2, one_block)
+    piece_kernel[(programs,)](
+        into, holders, chunks, int32(tiles, device), batch, 64, *chunking, *sizes, num_warps=1
+    )
+    chunk = chunks.tolist()
+    for n, size in zip(tiles, chunk, strict=True):
+        assert size >= min(n, chunking[0])
+        assert -(-n // size) <= most
+    whole: set[tuple[int, int]] = set()  # (lane, sequence): done by one program
+    begun: dict[tuple[int, int], int] = {}  # its first pieces, merged by one program
+    entered: dict[tuple[int, int, int], tuple[int, int]] = {}  # piece: (range, number there)
+    slots = 0
+    for index, lane, seq_idx, tile, count in into.tolist():
+        from_start, here = tile == 0, 0
+        for step in range(count):
+            end = tile + 1 == tiles[seq_idx]
+            if end or (tile + 1) % chunk[seq_idx] == 0:
+                at, piece = (lane, seq_idx), tile // chunk[seq_idx]
+                if not from_start:
+                    place = (*at, piece)
+                    assert place not in entered
+                    entered[place] = (index, here)
+                    here += 1
+                elif end:
+                    assert at not in whole
+                    whole.add(at)
+                elif step == count - 1:
+                    assert at not in begun
+                    begun[at] = piece + 1
+            else:
+                assert step < count - 1, "a range ends inside a piece"
+            tile += 1
+            if end:
+                tile, from_start = 0, True
+                lane, seq_idx = (lane, seq_idx + 1) if seq_idx + 1 < batch else (lane + 1, 0)
+        slots = max(slots, 1 + here)
+    for lane in range(lanes):
+        for seq_idx, (n, size) in enumerate(zip(tiles, chunk, strict=True)):
+            at, pieces = (lane, seq_idx), -(-n // size)
+            if at in whole:
+                assert at not in begun
+                continue
+            assert 0 < begun[at] < pieces
+            want = [entered.pop((*at, piece)) for piece in range(begun[at], pieces)]
+            assert [tuple(h) for h in holders[lane, seq_idx, begun[at] : pieces].tolist()] == want
+    assert not entered
+    assert slots <= piece_slots(max(tiles), batch, programs, lanes, chunking)
 
 
 # ---------------------------------------------------------------- the work of a sequence
@@ -347,6 +488,7 @@ def work(given: dict[str, Any], device: str) -> dict[str, list[int]]:
         given.get("left"),
         given.get("right"),
         given.get("group", 1),
+        given.get("min_rows"),
         given.get("max_rows", 64),
         given.get("block_n", 16),
         block_b,
@@ -426,6 +568,13 @@ def test_a_sequence_without_work_takes_one_tile(device: str) -> None:
     )
     assert got["seqlen_q"] == [1, 0, 0, 8]
     assert got["tiles"] == [1, 1, 1, 4]
+
+
+def test_a_launch_for_more_rows_leaves_fewer_alone(device: str) -> None:
+    given = {"batch": 3, "cu_seqlens_q": [0, 4, 9, 11], "seqused_k": [50] * 3, "total_q": 11}
+    got = work({**given, "max_seqlen_k": 50, "group": 2, "min_rows": 8, "max_rows": 64}, device)
+    assert got["seqlen_q"] == [0, 5, 0]
+    assert got["tiles"] == [1, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from triton_fa.kernels.compat import grid_dependency_wait
 from triton_fa.kernels.line import (
     chunk_tiles,
     decode_work,
+    holder_of,
     locate,
-    nearest_piece,
+    pieces_until,
     program_range,
     range_of,
     total_and_tiles,
@@ -132,9 +133,8 @@ def combine_kernel(
     if CHUNKED:
         chunk = chunk_tiles(num_tiles, (smallest_chunk, most_pieces))
         pieces = (num_tiles + chunk - 1) // chunk
-        # Up to the end is all pieces, even if the last is short.
-        merged = (nearest_piece(stop - begin, num_tiles, chunk) + chunk - 1) // chunk
-        entered = nearest_piece(tl.maximum(first - begin, 0), num_tiles, chunk)
+        merged = pieces_until(stop - begin, num_tiles, chunk)
+        entered = pieces_until(tl.maximum(first - begin, 0), num_tiles, chunk)
         ours = (entered == 0) & (merged > 0) & (merged < pieces)
     else:
         owner = range_of(begin, share, extra)
@@ -170,12 +170,8 @@ def combine_kernel(
                 for nth in tl.static_range(BLOCK_P):
                     piece = start + nth
                     live = piece + 0 * part_rows < pieces
-                    # The last range that begins at this piece, or before it.
-                    last_begin = begin + piece * chunk + (chunk - chunk // 2 - 1)
-                    holder = range_of(tl.minimum(last_begin, begin + num_tiles - 1), share, extra)
-                    its_first = holder * share + tl.minimum(holder, extra)
-                    its_piece = nearest_piece(its_first - begin, num_tiles, chunk) // chunk
-                    slot = (range_start + holder) * program_slots + 1 + piece - its_piece
+                    holder, before = holder_of(piece, begin, num_tiles, chunk, share, extra)
+                    slot = (range_start + holder) * program_slots + 1 + before
                     part_row = slot.to(tl.int64) * ROWS + part_rows
                     stat = part_stat_ptr + part_row * 2
                     part_max = tl.load(stat, mask=live, other=NO_SCORE, cache_modifier=".cg")

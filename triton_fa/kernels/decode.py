@@ -28,7 +28,7 @@ from triton_fa.kernels.line import (
     chunk_tiles,
     decode_work,
     locate,
-    locate_piece,
+    piece_range,
     program_range,
     total_and_tiles,
 )
@@ -295,19 +295,19 @@ def decode_kernel(
     slot = index
     if LANES_DIVIDE:
         slot += lane * (programs // LANES)
-        line_start = 0
     else:
         lane = position // tl.maximum(total_tiles, 1)
-        line_start = lane * total_tiles
+        position -= lane * total_tiles
     if CHUNKED:
         chunking = (smallest_chunk, most_pieces)
         slot *= program_slots
         piece_slot = slot + 1
-        stop = position + count
-        stop_start = 0 if LANES_DIVIDE else stop // tl.maximum(total_tiles, 1) * total_tiles
-        _, stop_before, stop_tile = locate_piece(
-            stop - stop_start,
+        lane, seq_idx, tile, count = piece_range(
+            lane,
+            position,
+            count,
             tiles,
+            total_tiles,
             batch,
             lengths,
             windows,
@@ -318,30 +318,10 @@ def decode_kernel(
             BLOCK_N,
             BLOCK_B,
             ONE_BLOCK,
+            LANES_DIVIDE,
         )
-        seq_idx, before, tile = locate_piece(
-            position - line_start,
-            tiles,
-            batch,
-            lengths,
-            windows,
-            chunking,
-            GROUP,
-            MIN_ROWS,
-            MAX_ROWS,
-            BLOCK_N,
-            BLOCK_B,
-            ONE_BLOCK,
-        )
-        count = stop_start + stop_before + stop_tile - (line_start + before + tile)
-        if not LANES_DIVIDE:
-            # Its first piece is the next line's.
-            wraps = seq_idx == batch
-            lane += wraps.to(tl.int32)
-            seq_idx = tl.where(wraps, 0, seq_idx)
     else:
         slot *= 2
-        position -= line_start
     if PDL:
         grid_dependency_release()
     if count > 0:

@@ -229,3 +229,84 @@ def locate_piece(
         tl.where(passed, before + its_tiles, before),
         tl.where(passed, 0, tile),
     )
+
+
+@triton.jit
+def piece_range(
+    lane,
+    position,
+    count,
+    tiles,
+    total_tiles,
+    batch,
+    lengths,
+    windows,
+    chunking,
+    GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    LANES_DIVIDE: tl.constexpr,
+):
+    """`count` tiles from `position` of a lane's line on, with both ends at the nearest piece.
+
+    Returns (lane, sequence, tile of it, number of tiles).
+    """
+    stop = position + count
+    stop_start = 0 if LANES_DIVIDE else stop // tl.maximum(total_tiles, 1) * total_tiles
+    _, stop_before, stop_tile = locate_piece(
+        stop - stop_start,
+        tiles,
+        batch,
+        lengths,
+        windows,
+        chunking,
+        GROUP,
+        MIN_ROWS,
+        MAX_ROWS,
+        BLOCK_N,
+        BLOCK_B,
+        ONE_BLOCK,
+    )
+    seq_idx, before, tile = locate_piece(
+        position,
+        tiles,
+        batch,
+        lengths,
+        windows,
+        chunking,
+        GROUP,
+        MIN_ROWS,
+        MAX_ROWS,
+        BLOCK_N,
+        BLOCK_B,
+        ONE_BLOCK,
+    )
+    count = stop_start + stop_before + stop_tile - (before + tile)
+    if not LANES_DIVIDE:
+        # Its first piece may be the next line's.
+        wraps = (seq_idx == batch).to(tl.int32)
+        lane += wraps
+        seq_idx = tl.where(wraps == 1, 0, seq_idx)
+    return lane, seq_idx, tile, count
+
+
+@triton.jit
+def pieces_until(position, tiles, chunk):
+    """Pieces of a sequence before the range that begins at its tile `position`."""
+    # The last piece may be short.
+    return (nearest_piece(position, tiles, chunk) + chunk - 1) // chunk
+
+
+@triton.jit
+def holder_of(piece, begin, tiles, chunk, share, extra):
+    """Where a piece of the sequence at position `begin` is: the range that holds it, and the number
+    of the sequence's pieces there before it.
+    """
+    # The last range that begins at this piece, or before it.
+    last_begin = begin + piece * chunk + (chunk - chunk // 2 - 1)
+    holder = range_of(tl.minimum(last_begin, begin + tiles - 1), share, extra)
+    its_first = holder * share + tl.minimum(holder, extra)
+    return holder, piece - pieces_until(its_first - begin, tiles, chunk)

@@ -48,6 +48,8 @@ REGISTERS_PER_SM = 65536
 INVARIANT_CHUNK = 128
 INVARIANT_PIECES = 64
 """The fewest keys of a batch-invariant piece, and the most pieces of a sequence."""
+MERGED_TOGETHER = 8
+"""Pieces whose loads a program of the merge has under way together, in chunked launches."""
 LIST_ARGUMENTS = (
     "sparse_stride_b",
     "sparse_stride_h",
@@ -489,10 +491,8 @@ def _decode(
     program_slots = 2
     if smallest_chunk and most_pieces:
         tiles = -(-common["total_k"] // tile.block_n)
-        ranges = programs // lanes if programs % lanes == 0 else programs / lanes
-        longest = math.ceil(tiles * bounds.batch / ranges)
-        entered = min(most_pieces, max(8, -(-tiles // (4 * smallest_chunk)))) - 1
-        program_slots = 1 + min(entered, longest // smallest_chunk + 3)
+        chunking = smallest_chunk, most_pieces
+        program_slots = piece_slots(tiles, bounds.batch, programs, lanes, chunking)
     slots = program_slots * programs
     size = spec.kv_dtype.itemsize
     d0, d1 = decode_panels(spec.head_dim, rows, size)
@@ -551,8 +551,8 @@ def _decode(
     pieces = programs // lanes // bounds.batch + 2
     block_p, block_r, warps = _merge_shape(pieces, spec, rows)
     if most_pieces:
-        # One piece after the other: the loads of `block_p` of them run at a time.
-        block_p, block_r, warps = 8, max(1, rows // 8), max(1, rows // 8)
+        # One piece after the other, of few rows each.
+        block_p, block_r, warps = MERGED_TOGETHER, max(1, rows // 8), max(1, rows // 8)
     merge = PlannedLaunch(
         combine_kernel,
         (programs, rows // block_r, 1),
@@ -568,6 +568,19 @@ def _decode(
         {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
     )
     return (attend, merge), slots * rows * (v0 + v1 + 2)
+
+
+def piece_slots(
+    tiles: int, batch: int, programs: int, lanes: int, chunking: tuple[int, int]
+) -> int:
+    """The most partial results of a program: of a sequence that it leaves half-way, and the pieces
+    of one that it enters half-way. Sequences have up to `tiles`.
+    """
+    smallest, most = chunking
+    ranges = programs // lanes if programs % lanes == 0 else programs / lanes
+    longest = math.ceil(tiles * batch / ranges)
+    pieces = min(most, max(8, -(-tiles // (4 * smallest))))
+    return 1 + min(pieces - 1, longest // smallest + 3)
 
 
 def _invariant_decode(

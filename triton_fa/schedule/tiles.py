@@ -191,6 +191,7 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
     # Measured (docs/log.md).
     "hopper": (
         (32, 64, DecodeTile(128, 4, 3, 2)),
+        (64, 64, DecodeTile(128, 4, 2, 2)),
         (64, 128, DecodeTile(64, 4, 3, 2)),
         (64, 128, DecodeTile(128, 8, 2, 1)),
         (64, 128, DecodeTile(64, 4, 2, 1)),
