@@ -40,7 +40,7 @@ def test_repeats_are_bit_equal(case: Case) -> None:
         assert_same_bits(packed(by_sequence(case, again)), first)
 
 
-CHUNK = 512  # keys of a batch-invariant piece: longer sequences are merged of several
+CHUNK = 128  # keys of the smallest batch-invariant piece: longer sequences are merged of several
 # float32, where a sum of another order shows.
 MODEL: dict[str, Any] = {
     "dtype": "float32",
@@ -59,7 +59,7 @@ def batches(draw: st.DrawFn, longest_q: int) -> Case:
     def several(*length: st.SearchStrategy[int]) -> tuple[int, ...]:
         return tuple(draw(st.lists(st.one_of(length), min_size=size, max_size=size)))
 
-    edges = [st.integers(edge - 1, edge + 1) for edge in (CHUNK, 2 * CHUNK)]
+    edges = [st.integers(edge - 1, edge + 1) for edge in (CHUNK, 2 * CHUNK, 8 * CHUNK)]
 
     return Case(
         **MODEL,

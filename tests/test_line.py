@@ -146,11 +146,11 @@ def locate_kernel(
 @triton.jit
 def piece_kernel(
     into_ptr,  # [programs, 5]: index, and what `piece_range` returns
-    holder_ptr,  # [lanes, batch, most pieces, 2]: what `holder_of` returns
+    holder_ptr,  # [lanes, batch, longest, 2]: what `holder_of` returns
     chunk_ptr,  # [batch]
     seqused_k_ptr,
     batch,
-    max_seqlen_k,
+    longest,
     smallest_chunk,
     most_pieces,
     LANES: tl.constexpr,
@@ -159,7 +159,7 @@ def piece_kernel(
     ONE_BLOCK: tl.constexpr,
 ):
     """The range of one program; program 0 also looks for every piece. Tiles are of one key."""
-    lengths = (None, None, batch, 1, None, seqused_k_ptr, 1, 0, max_seqlen_k, None, None, None)
+    lengths = (None, None, batch, 1, None, seqused_k_ptr, 1, 0, longest, None, None, None)
     windows = (None, None, None)
     chunking = (smallest_chunk, most_pieces)
     DIVIDE: tl.constexpr = PROGRAMS % LANES == 0
@@ -203,7 +203,7 @@ def piece_kernel(
                 line = begin if DIVIDE else begin + lane * total
                 for piece in tl.range(0, (its_tiles + chunk - 1) // chunk):
                     holder, before = holder_of(piece, line, its_tiles, chunk, share, extra)
-                    place = ((lane * batch + seq_idx) * most_pieces + piece) * 2
+                    place = ((lane * batch + seq_idx) * longest + piece) * 2
                     tl.store(holder_ptr + place, holder)
                     tl.store(holder_ptr + place + 1, before)
             begin += its_tiles
@@ -389,11 +389,12 @@ def test_every_piece_is_in_one_range_and_found_there(
 ) -> None:
     batch, most = len(tiles), chunking[1]
     into = torch.full((programs, 5), -1, dtype=torch.int32, device=device)
-    holders = torch.full((lanes, batch, most, 2), -1, dtype=torch.int32, device=device)
+    longest = max(tiles)
+    holders = torch.full((lanes, batch, longest, 2), -1, dtype=torch.int32, device=device)
     chunks = torch.full((batch,), -1, dtype=torch.int32, device=device)
     sizes = (lanes, programs, 8 if one_block else 2, one_block)
     piece_kernel[(programs,)](
-        into, holders, chunks, int32(tiles, device), batch, 64, *chunking, *sizes, num_warps=1
+        into, holders, chunks, int32(tiles, device), batch, longest, *chunking, *sizes, num_warps=1
     )
     chunk = chunks.tolist()
     for n, size in zip(tiles, chunk, strict=True):
@@ -437,7 +438,7 @@ def test_every_piece_is_in_one_range_and_found_there(
             want = [entered.pop((*at, piece)) for piece in range(begun[at], pieces)]
             assert [tuple(h) for h in holders[lane, seq_idx, begun[at] : pieces].tolist()] == want
     assert not entered
-    assert slots <= piece_slots(max(tiles), batch, programs, lanes, chunking)
+    assert slots <= piece_slots(longest, batch, programs, lanes, chunking)
 
 
 # ---------------------------------------------------------------- the work of a sequence

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 import triton_fa
+from triton_fa import api
 from triton_fa.errors import ArgumentError, ArgumentValueError, UnsupportedError
 from triton_fa.kernels import plans
 from triton_fa.kernels.prefill import sequences_in_order
@@ -255,6 +256,63 @@ def test_every_function_passes_the_mode_on(
     else:
         triton_fa.flash_attn_func(q, k, v, **settings)
     assert seen == [wanted]
+
+
+@pytest.mark.parametrize("programs", [4, 5, 6])
+def test_batch_invariant_bits_with_any_number_of_programs(
+    programs: int, fresh: pytest.MonkeyPatch
+) -> None:
+    """Programs that enter one sequence and leave another half-way; last pieces that are short."""
+    # 7 and 4 tiles of two heads for four programs: a range ends nearest to the first one's end.
+    for lengths in ([224, 128], [700, 1000, 5, 610]):
+        data = _paged([1, 2, 1, 3][: len(lengths)], lengths)
+        rows = list(range(len(lengths)))
+        results = []
+        for n in (1, programs):
+            fresh.setattr(plans, "decode_programs", lambda *given, n=n: n)
+            api._RECORDS.clear()
+            results.append(_attend(data, rows, batch_invariant=True))
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_drafts_keep_their_bits(row: int) -> None:
+    """2, 40, 18 and 66 rows: two classes of the decode path, and the prefill path."""
+    lengths = [1, 20, 9, 33]
+    data = _paged(lengths, [300, 200, 5, 70])
+    whole = _attend(data, [0, 1, 2, 3], batch_invariant=True).split(lengths)[row]
+    alone = _attend(data, [row], batch_invariant=True, max_seqlen_q=lengths[row])
+    assert torch.equal(alone, whole)
+    # Where all have as many rows only their own class is launched.
+    dense = triton_fa.flash_attn_with_kvcache(
+        data["q"].split(lengths)[row][None],
+        data["k"],
+        data["v"],
+        cache_seqlens=data["lengths_k"][[row]],
+        page_table=data["table"][[row]],
+        causal=True,
+        batch_invariant=True,
+        ver="triton",
+    )
+    assert torch.equal(dense[0], whole)
+
+
+@pytest.mark.parametrize(("queries", "launches"), [(1, 2), (8, 2), (9, 2), (32, 2), (33, 1)])
+def test_a_dense_call_launches_one_class(
+    queries: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    real = plans.plan
+
+    def spied(problem: Any, device: Any) -> plans.Plan:
+        made = real(problem, device)
+        seen.append(len(made.launches))
+        return made
+
+    monkeypatch.setattr(plans, "plan", spied)
+    q, k, v = torch.zeros(1, queries, 4, 16), *torch.zeros(2, 1, 40, 2, 16)
+    triton_fa.flash_attn_with_kvcache(q, k, v, batch_invariant=True, causal=True, ver="triton")
+    assert seen == [launches]
 
 
 def test_without_the_mode_they_do_not() -> None:

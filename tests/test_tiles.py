@@ -571,6 +571,18 @@ def test_an_entry_without_a_tile_is_a_miss(measured: pytest.MonkeyPatch) -> None
     assert choice.decode_tile(BF16, H200, 8) == decode_tile(BF16, H200, 8)
 
 
+@pytest.mark.parametrize(
+    ("heads_q", "head_dim", "classes"),
+    [(8, 128, (32, 64)), (8, 96, (16, 64)), (8, 192, (16, 64)), (80, 128, (64,)), (300, 128, ())],
+)
+def test_classes_of_batch_invariant_rows(
+    heads_q: int, head_dim: int, classes: tuple[int, ...]
+) -> None:
+    """16 and 32 rows are one class where their products are summed alike."""
+    some = replace(spec(torch.bfloat16, head_dim, head_dim), num_heads_q=heads_q, num_heads_kv=2)
+    assert plans.invariant_launches(some, H200) == classes
+
+
 def test_batch_invariant_calls_never_look(measured: pytest.MonkeyPatch) -> None:
     invariant = replace(BF16, features=frozenset({"batch_invariant"}))
     for made in (choice.decode_choice(BF16, H200, 8), choice.prefill_choice(BF16, H200, 2**31)):

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from tests.mutants.record import Mutant
 
+SOME_PROGRAMS = tuple(
+    f"tests/test_schedule.py::test_batch_invariant_bits_with_any_number_of_programs[{n}]"
+    for n in (4, 5, 6)
+)
+
 PRIMITIVES = (
     Mutant(
         "window-left-short",
@@ -221,15 +226,10 @@ LINE = (
     Mutant(
         "chunk-floor",
         "line.py",
-        "(tiles + chunking[1] - 1) // chunking[1], chunking[0])",
-        "tiles // chunking[1], chunking[0])",
+        "(tiles + chunking[1] - 1) // chunking[1], eighth)",
+        "tiles // chunking[1], eighth)",
         "a sequence has more pieces than num_splits",
-        (
-            "tests/test_kernels.py::test_split_and_unsplit[1-2]",
-            "tests/test_kernels.py::test_split_and_unsplit[1-3]",
-            "tests/test_kernels.py::test_split_and_unsplit[3-2]",
-            "tests/test_kernels.py::test_split_and_unsplit[3-3]",
-        ),
+        ("tests/test_line.py::test_every_piece_is_in_one_range_and_found_there",),
         blind=True,
     ),
     Mutant(
@@ -242,31 +242,35 @@ LINE = (
         blind=True,
     ),
     Mutant(
-        "short-chunk-counted-whole",
+        "pieces-short-last",
         "line.py",
-        "inside = tl.minimum(end * chunk, tiles) - begin * chunk",
-        "inside = end * chunk - begin * chunk",
-        "the last, shorter piece of a sequence counts as a whole one",
-        ("tests/test_kernels.py::test_the_last_piece_is_shorter",),
+        "(nearest_piece(position, tiles, chunk) + chunk - 1) // chunk",
+        "nearest_piece(position, tiles, chunk) // chunk",
+        "the merge takes a sequence for cut that ends with a short piece and the range",
+        SOME_PROGRAMS,
         blind=True,
     ),
     Mutant(
-        "units-before-inclusive",
+        "holder-of-next",
         "line.py",
-        "tl.arange(0, BLOCK_B) < seq_idx, units, 0)",
-        "tl.arange(0, BLOCK_B) <= seq_idx, units, 0)",
-        "the merge takes the pieces of the next sequence",
-        (
-            "tests/test_kernels.py::test_split_and_unsplit[1-2]",
-            "tests/test_kernels.py::test_split_and_unsplit[1-3]",
-            "tests/test_kernels.py::test_split_and_unsplit[3-2]",
-            "tests/test_kernels.py::test_split_and_unsplit[3-3]",
-        ),
+        "(chunk - chunk // 2 - 1)",
+        "(chunk - chunk // 2)",
+        "the merge looks for a piece in the range behind the one that holds it",
+        ("tests/test_line.py::test_every_piece_is_in_one_range_and_found_there",),
         blind=True,
     ),
 )
 
 DECODE = (
+    Mutant(
+        "decode-piece-slot",
+        "decode.py",
+        "piece_slot = slot + 1",
+        "piece_slot = slot",
+        "a piece of the sequence that a program enters is lost to the one it leaves half-way",
+        SOME_PROGRAMS,
+        blind=True,
+    ),
     Mutant(
         "decode-second-panel-no-rescale",
         "decode.py",
@@ -428,8 +432,8 @@ COMBINE = (
     Mutant(
         "combine-piece-too-many",
         "combine.py",
-        "range_of(line_start + before + num_tiles - 1, share, extra)",
-        "range_of(line_start + before + num_tiles, share, extra)",
+        "range_of(begin + num_tiles - 1, share, extra)",
+        "range_of(begin + num_tiles, share, extra)",
         "a sequence that ends with a range has one piece too many",
         (
             "tests/test_kernels.py::test_any_number_of_programs[True-2]",
@@ -441,7 +445,7 @@ COMBINE = (
     Mutant(
         "combine-line-start",
         "combine.py",
-        "line_start = lane * total_units",
+        "line_start = lane * total_tiles",
         "line_start = lane * 0",
         "heads after the first are looked for in the first one's line",
         (
@@ -454,15 +458,10 @@ COMBINE = (
     Mutant(
         "combine-lane-slots",
         "combine.py",
-        "first_slot = lane * total_units + before",
-        "first_slot = before",
+        "slot = (range_start + holder) * program_slots",
+        "slot = holder * program_slots",
         "all heads merge the pieces of the first",
-        (
-            "tests/test_kernels.py::test_split_and_unsplit[1-2]",
-            "tests/test_kernels.py::test_split_and_unsplit[1-3]",
-            "tests/test_kernels.py::test_split_and_unsplit[3-2]",
-            "tests/test_kernels.py::test_split_and_unsplit[3-3]",
-        ),
+        SOME_PROGRAMS,
         blind=True,
     ),
     Mutant(
@@ -642,8 +641,8 @@ SCHEDULE = (
     Mutant(
         "schedule-inverse",
         "schedule.py",
-        "tl.store(order_ptr + 2 * order + 1, idx.to(tl.int16), mask=mask)",
-        "tl.store(order_ptr + 2 * idx + 1, order.to(tl.int16), mask=mask)",
+        "tl.store(halves_ptr + 2 * order + 1, idx.to(tl.int16), mask=mask)",
+        "tl.store(halves_ptr + 2 * idx + 1, order.to(tl.int16), mask=mask)",
         "places don't lead back, so that the order is never taken",
         ("tests/test_schedule.py::test_an_order_is_taken_only_if_it_is_one",),
         blind=True,
