@@ -10,11 +10,13 @@ from triton_fa.kernels.line import (
     chunk_tiles,
     decode_work,
     holder_of,
+    line_units,
     locate,
     pieces_until,
     program_range,
     range_of,
     total_and_tiles,
+    total_and_units_before,
 )
 from triton_fa.kernels.primitives import LOG2E, NO_SCORE, VARYING, finish, merge_factors
 
@@ -67,11 +69,12 @@ def combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    ONE_BY_ONE: tl.constexpr,
     HAS_LSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way. Rows
-    are those of a lane.
+    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way, or,
+    where pieces were left ONE_BY_ONE, of sequence v // LANES. Rows are those of a lane.
 
     m = max_p m_p; l = sum_p 2^(m_p - m) l_p; out = sum_p 2^(m_p - m) acc_p / l, in order of p; with
     chunking one p after the other. Everything but the partials is loaded before the attention
@@ -96,51 +99,74 @@ def combine_kernel(
     windows = (window_left, window_right, attention_chunk)
     part_stat_ptr = part_ptr + num_slots.to(tl.int64) * (ROWS * V)
     pid = tl.program_id(0)
-    CHUNKED: tl.constexpr = most_pieces is not None
-    total_tiles, tiles = total_and_tiles(
-        batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
-    )
-    lane, index, first, share, extra = program_range(
-        pid, programs, total_tiles, LANES, LANES_DIVIDE
-    )
-    stop = first + share + (index < extra).to(tl.int32)
-    # With chunking a range may end where the next line begins.
-    final = stop if CHUNKED else stop - 1
-    if LANES_DIVIDE:
-        line_start = 0
-        range_start = lane * (programs // LANES)
+    CHUNKED: tl.constexpr = most_pieces is not None and not ONE_BY_ONE
+    if ONE_BY_ONE:
+        lane = pid % LANES
+        seq_idx = pid // LANES
+        chunking = (smallest_chunk, most_pieces)
+        total_units, before = total_and_units_before(
+            seq_idx,
+            batch,
+            lengths,
+            windows,
+            chunking,
+            GROUP,
+            MIN_ROWS,
+            MAX_ROWS,
+            BLOCK_N,
+            BLOCK_B,
+        )
+        first_q, seqlen_q, _, _, _, _, _, num_tiles = decode_work(
+            seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
+        )
+        pieces = line_units(num_tiles, chunking)
+        ours = pieces > 1
+        first_slot = lane * total_units + before
     else:
-        lane = final // tl.maximum(total_tiles, 1)
-        line_start = lane * total_tiles
-        range_start = 0
-    seq_idx, before, _ = locate(
-        tl.maximum(final - line_start, 0),
-        tiles,
-        batch,
-        lengths,
-        windows,
-        GROUP,
-        MIN_ROWS,
-        MAX_ROWS,
-        BLOCK_N,
-        BLOCK_B,
-        ONE_BLOCK,
-    )
-    first_q, seqlen_q, _, _, _, _, _, num_tiles = decode_work(
-        seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
-    )
-    begin = line_start + before
-    if CHUNKED:
-        chunk = chunk_tiles(num_tiles, (smallest_chunk, most_pieces))
-        pieces = (num_tiles + chunk - 1) // chunk
-        merged = pieces_until(stop - begin, num_tiles, chunk)
-        entered = pieces_until(tl.maximum(first - begin, 0), num_tiles, chunk)
-        ours = (entered == 0) & (merged > 0) & (merged < pieces)
-    else:
-        owner = range_of(begin, share, extra)
-        pieces = range_of(begin + num_tiles - 1, share, extra) - owner + 1
-        ours = (owner == index) & (pieces > 1) & (final >= first)
-        first_slot = 2 * (range_start + owner)
+        total_tiles, tiles = total_and_tiles(
+            batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B, ONE_BLOCK
+        )
+        lane, index, first, share, extra = program_range(
+            pid, programs, total_tiles, LANES, LANES_DIVIDE
+        )
+        stop = first + share + (index < extra).to(tl.int32)
+        # With chunking a range may end where the next line begins.
+        final = stop if CHUNKED else stop - 1
+        if LANES_DIVIDE:
+            line_start = 0
+            range_start = lane * (programs // LANES)
+        else:
+            lane = final // tl.maximum(total_tiles, 1)
+            line_start = lane * total_tiles
+            range_start = 0
+        seq_idx, before, _ = locate(
+            tl.maximum(final - line_start, 0),
+            tiles,
+            batch,
+            lengths,
+            windows,
+            GROUP,
+            MIN_ROWS,
+            MAX_ROWS,
+            BLOCK_N,
+            BLOCK_B,
+            ONE_BLOCK,
+        )
+        first_q, seqlen_q, _, _, _, _, _, num_tiles = decode_work(
+            seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
+        )
+        begin = line_start + before
+        if CHUNKED:
+            chunk = chunk_tiles(num_tiles, (smallest_chunk, most_pieces))
+            pieces = (num_tiles + chunk - 1) // chunk
+            merged = pieces_until(stop - begin, num_tiles, chunk)
+            entered = pieces_until(tl.maximum(first - begin, 0), num_tiles, chunk)
+            ours = (entered == 0) & (merged > 0) & (merged < pieces)
+        else:
+            owner = range_of(begin, share, extra)
+            pieces = range_of(begin + num_tiles - 1, share, extra) - owner + 1
+            ours = (owner == index) & (pieces > 1) & (final >= first)
+            first_slot = 2 * (range_start + owner)
     if ours:
         part_rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         head = lane // ROW_BLOCKS
@@ -195,8 +221,10 @@ def combine_kernel(
             for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
                 nth = start + nths
                 live = nth < pieces
-                # The first piece began with the sequence: it is what its program left half-way.
-                slot = first_slot + 2 * nth + (nth == 0).to(tl.int32)
+                slot = first_slot + nth
+                if not ONE_BY_ONE:
+                    # The first piece began with the sequence: what its program left half-way.
+                    slot += nth + (nth == 0).to(tl.int32)
                 part_row = slot.to(tl.int64)[:, None] * ROWS + part_rows[None, :]
                 stat = part_stat_ptr + part_row * 2
                 part_max = tl.load(stat, mask=live[:, None], other=NO_SCORE, cache_modifier=".cg")

@@ -80,7 +80,7 @@ def units_of_block(start, line, C: gl.constexpr):
     batch, lengths, windows, chunking = line
     idx = start + gl.arange(0, C.BLOCK_B, layout=WARPS)
     _, _, _, _, _, _, _, tiles = decode_work(
-        idx, idx < batch, lengths, windows, C.GROUP, C.MAX_ROWS, C.BLOCK_N
+        idx, idx < batch, lengths, windows, C.GROUP, None, C.MAX_ROWS, C.BLOCK_N
     )
     if C.CHUNKED:
         return line_units(tiles, chunking), tiles
@@ -142,7 +142,9 @@ def piece_of(start, line, C: gl.constexpr):
     """
     batch, lengths, windows, chunking = line
     _, seq_idx, tile, left, _, whole = start
-    work = decode_work(seq_idx, seq_idx < batch, lengths, windows, C.GROUP, C.MAX_ROWS, C.BLOCK_N)
+    work = decode_work(
+        seq_idx, seq_idx < batch, lengths, windows, C.GROUP, None, C.MAX_ROWS, C.BLOCK_N
+    )
     num_tiles = work[7]
     if C.CHUNKED:
         chunk = chunk_tiles(num_tiles, chunking)
@@ -637,7 +639,7 @@ def latent_kernel(
     tile = position - before
     if C.CHUNKED:
         work = decode_work(
-            seq_idx, seq_idx < batch, lengths, windows, C.GROUP, C.MAX_ROWS, C.BLOCK_N
+            seq_idx, seq_idx < batch, lengths, windows, C.GROUP, None, C.MAX_ROWS, C.BLOCK_N
         )
         tile = tile * chunk_tiles(work[7], line[3])
         left = tiles_of_units(position, left, line, C)

@@ -55,6 +55,13 @@ def chunk_tiles(tiles, chunking):
 
 
 @triton.jit
+def line_units(tiles, chunking):
+    """Pieces of a sequence of `tiles`."""
+    chunk = chunk_tiles(tiles, chunking)
+    return (tiles + chunk - 1) // chunk
+
+
+@triton.jit
 def nearest_piece(tile, tiles, chunk):
     """The start of a piece of a sequence of `tiles` that is nearest to `tile`; may be the end."""
     return tl.minimum((tile + chunk // 2) // chunk * chunk, tiles)
@@ -148,6 +155,32 @@ def total_and_tiles(
         if MIN_ROWS is not None:
             total = tl.where(longest > 0, total, 0)
     return total, tiles
+
+
+@triton.jit
+def total_and_units_before(
+    seq_idx,
+    batch,
+    lengths,
+    windows,
+    chunking,
+    GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Pieces of all sequences together, and of those before `seq_idx`."""
+    total = 0
+    before = 0
+    for start in tl.range(0, batch, BLOCK_B, num_stages=1):
+        tiles, _ = tiles_of_block(
+            start, batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B
+        )
+        units = line_units(tiles, chunking)
+        total += tl.sum(units, 0)
+        before += tl.sum(tl.where(start + tl.arange(0, BLOCK_B) < seq_idx, units, 0), 0)
+    return total, before
 
 
 @triton.jit

@@ -339,7 +339,9 @@ def _chunking(spec: AttnSpec, block_n: int) -> tuple[int | None, int | None]:
     """(smallest chunk in tiles, most pieces of a sequence); (None, None) is balanced."""
     if spec.batch_invariant:
         most = min(INVARIANT_PIECES, spec.num_splits or INVARIANT_PIECES)
-        return max(1, INVARIANT_CHUNK // block_n), most
+        # Results 512 wide, all of them left to the merge where they are on the Hopper kernel.
+        keys = 4 * INVARIANT_CHUNK if "qv" in spec.features else INVARIANT_CHUNK
+        return max(1, keys // block_n), most
     return (1, spec.num_splits) if spec.num_splits else (None, None)
 
 
@@ -489,11 +491,18 @@ def _decode(
     lanes = spec.num_heads_kv * row_blocks
     programs = decode_programs(device, tile, lanes, bounds.batch, spec.sm_margin)
     program_slots = 2
+    one_by_one = False
     if smallest_chunk and most_pieces:
         tiles = -(-common["total_k"] // tile.block_n)
         chunking = smallest_chunk, most_pieces
-        program_slots = piece_slots(tiles, bounds.batch, programs, lanes, chunking)
+        one_by_one = on_hopper
+        if one_by_one:
+            programs = max(1, programs // lanes) * lanes
+        else:
+            program_slots = piece_slots(tiles, bounds.batch, programs, lanes, chunking)
     slots = program_slots * programs
+    if one_by_one:
+        slots = sequence_pieces(tiles, chunking) * bounds.batch * lanes
     size = spec.kv_dtype.itemsize
     d0, d1 = decode_panels(spec.head_dim, rows, size)
     v0, v1 = decode_panels(spec.head_dim_v, rows, size)
@@ -548,14 +557,14 @@ def _decode(
         )
     if most_pieces == 1:
         return (attend,), 0
-    pieces = programs // lanes // bounds.batch + 2
+    pieces = most_pieces if most_pieces and one_by_one else programs // lanes // bounds.batch + 2
     block_p, block_r, warps = _merge_shape(pieces, spec, rows)
-    if most_pieces:
+    if most_pieces and not one_by_one:
         # One piece after the other, of few rows each.
         block_p, block_r, warps = MERGED_TOGETHER, max(1, rows // 8), max(1, rows // 8)
     merge = PlannedLaunch(
         combine_kernel,
-        (programs, rows // block_r, 1),
+        (bounds.batch * lanes if one_by_one else programs, rows // block_r, 1),
         _arguments(
             combine_kernel,
             common,
@@ -564,10 +573,17 @@ def _decode(
             BLOCK_V=next_power_of_2(v0 + v1),
             BLOCK_R=block_r,
             BLOCK_P=block_p,
+            ONE_BY_ONE=one_by_one,
         ),
         {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
     )
     return (attend, merge), slots * rows * (v0 + v1 + 2)
+
+
+def sequence_pieces(tiles: int, chunking: tuple[int, int]) -> int:
+    """The most pieces of a sequence of up to `tiles`, see `line.chunk_tiles`."""
+    smallest, most = chunking
+    return min(most, max(8, -(-tiles // (4 * smallest))))
 
 
 def piece_slots(
@@ -576,11 +592,9 @@ def piece_slots(
     """The most partial results of a program: of a sequence that it leaves half-way, and the pieces
     of one that it enters half-way. Sequences have up to `tiles`.
     """
-    smallest, most = chunking
     ranges = programs // lanes if programs % lanes == 0 else programs / lanes
     longest = math.ceil(tiles * batch / ranges)
-    pieces = min(most, max(8, -(-tiles // (4 * smallest))))
-    return 1 + min(pieces - 1, longest // smallest + 3)
+    return 1 + min(sequence_pieces(tiles, chunking) - 1, longest // chunking[0] + 3)
 
 
 def _invariant_decode(
