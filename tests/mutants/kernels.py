@@ -256,7 +256,7 @@ LINE = (
         "(chunk - chunk // 2 - 1)",
         "(chunk - chunk // 2)",
         "the merge looks for a piece in the range behind the one that holds it",
-        ("tests/test_line.py::test_every_piece_is_in_one_range_and_found_there",),
+        SOME_PROGRAMS,
         blind=True,
     ),
 )
@@ -419,8 +419,8 @@ COMBINE = (
     Mutant(
         "combine-first-slot",
         "combine.py",
-        "slot = first_slot + 2 * nth + (nth == 0).to(tl.int32)",
-        "slot = first_slot + 2 * nth",
+        "slot += nth + (nth == 0).to(tl.int32)",
+        "slot += nth",
         "the first piece is read from where its program entered a sequence",
         (
             "tests/test_kernels.py::test_any_number_of_programs[True-2]",
