@@ -256,7 +256,7 @@ LINE = (
         "(chunk - chunk // 2 - 1)",
         "(chunk - chunk // 2)",
         "the merge looks for a piece in the range behind the one that holds it",
-        SOME_PROGRAMS,
+        ("tests/test_line.py::test_every_piece_is_in_one_range_and_found_there",),
         blind=True,
     ),
 )
