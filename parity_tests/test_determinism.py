@@ -40,7 +40,7 @@ def test_repeats_are_bit_equal(case: Case) -> None:
         assert_same_bits(packed(by_sequence(case, again)), first)
 
 
-CHUNK = 128  # keys of the smallest batch-invariant piece: longer sequences are merged of several
+CHUNK = 256  # keys of the smallest batch-invariant piece: longer sequences are merged of several
 # float32, where a sum of another order shows.
 MODEL: dict[str, Any] = {
     "dtype": "float32",

@@ -45,7 +45,7 @@ FP8_FORMATS = {
     torch.float8_e5m2fnuz: "e5m2fnuz",
 }
 REGISTERS_PER_SM = 65536
-INVARIANT_CHUNK = 128
+INVARIANT_CHUNK = 256
 INVARIANT_PIECES = 64
 """The fewest keys of a batch-invariant piece, and the most pieces of a sequence."""
 MERGED_TOGETHER = 8
@@ -340,7 +340,7 @@ def _chunking(spec: AttnSpec, block_n: int) -> tuple[int | None, int | None]:
     if spec.batch_invariant:
         most = min(INVARIANT_PIECES, spec.num_splits or INVARIANT_PIECES)
         # Results 512 wide, all of them left to the merge where they are on the Hopper kernel.
-        keys = 4 * INVARIANT_CHUNK if "qv" in spec.features else INVARIANT_CHUNK
+        keys = 2 * INVARIANT_CHUNK if "qv" in spec.features else INVARIANT_CHUNK
         return max(1, keys // block_n), most
     return (1, spec.num_splits) if spec.num_splits else (None, None)
 
