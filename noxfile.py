@@ -128,7 +128,8 @@ def integrations(session: nox.Session, transformers: str) -> None:
     """The package inside other frameworks, on the CPU: the oldest transformers and the newest."""
     session.install(*CONSTRAINTS, "-e", ".[integrations]")
     if transformers != "newest":
-        session.install(*CONSTRAINTS, f"transformers=={transformers}")
+        # With its extra, for it admits one minor version of kernels only.
+        session.install(*CONSTRAINTS, f"transformers[kernels]=={transformers}")
     arguments = session.posargs or ["tests/integrations"]
     session.run("python", "-m", "pytest", "-q", *arguments, env=TEST_ENV)
 

@@ -173,6 +173,15 @@ def triton_cache_dir() -> Path:
     return Path(os.environ.get("TRITON_HOME", "").strip() or Path.home()) / ".triton" / "cache"
 
 
+def add_local_kernel(repository: str, folder: Path) -> None:
+    """Let the package `kernels` load `folder` for a repository (`LOCAL_KERNELS`, its own)."""
+    if ":" in str(folder):
+        raise ArgumentValueError(f"LOCAL_KERNELS: expected a folder without a colon, got {folder}")
+    before = [entry for entry in os.environ.get("LOCAL_KERNELS", "").split(":") if entry]
+    others = [entry for entry in before if entry.partition("=")[0] != repository]
+    os.environ["LOCAL_KERNELS"] = ":".join([*others, f"{repository}={folder}"])
+
+
 def triton_interpreted() -> bool:
     """Whether Triton runs its kernels in the interpreter (`TRITON_INTERPRET`, Triton's own)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -2,26 +2,42 @@
 
 transformers looks attention up by name in two registries: the function that computes it, and the
 one that makes its mask. Without the second, padding would be ignored silently, so both are set.
+
+Its continuous batching decodes over block tables only with kernels that the package `kernels`
+loads; `register_kernel` makes this package one of those.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
+from packaging.requirements import Requirement
 
-from triton_fa.integrations import FeatureError, require
+from triton_fa.env import add_local_kernel, settings
+from triton_fa.errors import ArgumentValueError
+from triton_fa.integrations import FeatureError, hub_kernel, require
 
 require("transformers", ">=5.17,<6")
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    modeling_flash_attention_utils,
+)
+from transformers.dependency_versions_table import deps
 
 from triton_fa.integrations.padding import attend_padded
 from triton_fa.integrations.torch_library import call
 
 NAME = "triton_fa"
+# transformers takes a name for FlashAttention-3's, which it decodes with, by "flash" and the 3.
+KERNEL = "triton-fa/flash-attn3"
 
 # Masks that the arguments of the attention call say already, by the function that makes each.
 _KNOWN_MASKS = frozenset(
@@ -71,24 +87,85 @@ def register(*, ver: int | str | None = None) -> None:
     _refuse_when_built()
 
 
+def register_kernel(name: str = KERNEL) -> str:
+    """Let transformers load this package as a hub kernel: `attn_implementation=register_kernel()`.
+
+    With it, continuous batching decodes over block tables where transformers does so at all, and
+    admits it in every version. The package `kernels` finds the folder by the environment variable
+    LOCAL_KERNELS, which is set for this process and those it starts; nothing is downloaded. Call it
+    before a model is built with that name. The backend is that of `ver=None`.
+
+    Args:
+        name: The repository that the folder stands in for. Models that admit certain kernels only
+            (gpt-oss) need one of those, "kernels-community/vllm-flash-attn3".
+
+    Returns:
+        The name.
+
+    Raises:
+        FrameworkVersionError: `kernels` is missing, or of a version that this transformers refuses.
+        ArgumentValueError: the name is not that of a repository with "flash" and 2 or 3 in it, or
+            another kernel of that name is in use already.
+    """
+    require("kernels", str(Requirement(deps["kernels"]).specifier))
+    if re.fullmatch(r"[^/:@|=]+/[^/:@|=]*flash[^/:@|=]*[23][^/:@|=]*", name) is None:
+        raise ArgumentValueError(f"name: expected owner/...flash...3 or ...2, got {name!r}")
+    _refuse_loaded(name)
+    add_local_kernel(name, kernel_folder())
+    _kernels.add(name)
+    _refuse_when_built()
+    return name
+
+
+def kernel_folder() -> Path:
+    """The folder that `kernels` loads: LOCAL_KERNELS=<repository>=<folder> does it by hand."""
+    return Path(hub_kernel.__file__).parent
+
+
+_kernels: set[str] = set()
+
+
+def _refuse_loaded(name: str) -> None:
+    """transformers keeps the functions of the name that it loaded last."""
+    loaded = getattr(modeling_flash_attention_utils, "_loaded_implementation", None) or ""
+    function = getattr(modeling_flash_attention_utils, "_flash_varlen_fn", None)
+    if loaded.removeprefix("paged|") != name or function is None:
+        return
+    source = getattr(getattr(function, "__code__", None), "co_filename", "another file")
+    if Path(source) != Path(hub_kernel.__file__):
+        raise ArgumentValueError(f"name: expected one not in use, {name!r} is loaded from {source}")
+
+
 def _refuse_when_built() -> None:
     """Look at the configuration where transformers looks whether a model may have a name."""
-    original = PreTrainedModel.get_correct_attn_implementation
-    if hasattr(original, "__triton_fa__"):
-        return
+    for method in ("get_correct_attn_implementation", "_check_and_adjust_attn_implementation"):
+        original = getattr(PreTrainedModel, method)
+        if not hasattr(original, "__triton_fa__"):
+            setattr(PreTrainedModel, method, _checked(original))
 
+
+def _checked(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def checked(self: Any, *arguments: Any, **options: Any) -> Any:
         found = original(self, *arguments, **options)
-        if found in (NAME, f"paged|{NAME}"):
-            _refuse_configuration(self.config)
+        bare = str(found).removeprefix("paged|")
+        if bare == NAME:
+            _refuse_configuration(self.config, AttentionInterface()[NAME].keywords["ver"])
+        elif bare in _kernels:
+            _refuse_configuration(self.config, settings().ver)
+            softcap = getattr(self.config, "attn_logit_softcapping", None)
+            if bare != found and softcap:
+                raise FeatureError(
+                    f"attn_logit_softcapping: expected none, got {softcap}: this transformers "
+                    "does not pass it on in continuous batching"
+                )
         return found
 
     checked.__triton_fa__ = True  # type: ignore[attr-defined]  # so that it is done once
-    PreTrainedModel.get_correct_attn_implementation = checked
+    return checked
 
 
-def _refuse_configuration(config: Any) -> None:
+def _refuse_configuration(config: Any, ver: int | str | None) -> None:
     def of(name: str) -> Any:
         return getattr(config, name, None)
 
@@ -96,8 +173,7 @@ def _refuse_configuration(config: Any) -> None:
     head_dim = of("head_dim")
     if head_dim is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
         head_dim = hidden // heads
-    chosen = AttentionInterface()[NAME].keywords["ver"]
-    if isinstance(head_dim, int) and head_dim > _MAX_HEAD_DIM and chosen != "torch":
+    if isinstance(head_dim, int) and head_dim > _MAX_HEAD_DIM and ver != "torch":
         raise FeatureError(f"head_dim: expected at most {_MAX_HEAD_DIM}, got {head_dim}")
     for name, what in _REFUSED_SETTINGS.items():
         if of(name):
