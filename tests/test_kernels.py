@@ -510,3 +510,25 @@ def test_the_judge_sees_a_missing_piece(device: str) -> None:
     result = Result(out.half(), lse.float())
     _, problems = judge(PAGED, result, truth, Limits.of(PAGED))
     assert len(problems) >= 2
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_nan_that_is_seen_stays_one(seqlen_q: int, num_splits: int, device: str) -> None:
+    q = torch.ones(1, seqlen_q, 4, 16, dtype=torch.float16, device=device)
+    k = torch.ones(1, 100, 2, 16, dtype=torch.float16, device=device)
+    k[0, 70, 1, 5] = torch.nan
+    out, lse, *_ = triton_fa.flash_attn_with_kvcache(
+        q,
+        k,
+        torch.ones_like(k),
+        num_splits=num_splits,
+        causal=True,
+        return_softmax_lse=True,
+        ver="triton",
+    )
+    sees = torch.arange(seqlen_q, device=device) + 100 - seqlen_q >= 70
+    assert torch.equal(out.isnan().all(-1)[0, :, 2], sees)
+    assert torch.equal(lse.isnan()[0, 3], sees)
+    assert not out[:, :, :2].isnan().any()
+    assert not lse[:, :2].isnan().any()

@@ -253,7 +253,7 @@ def combine_kernel(
         )
         tl.store(
             out_ptr + out_row[:, None] + dims[None, :],
-            tl.where((row_sum > 0)[:, None], acc * factor[:, None], 0.0).to(
+            tl.where((row_sum != 0)[:, None], acc * factor[:, None], 0.0).to(
                 out_ptr.dtype.element_ty
             ),
             mask=row_mask[:, None] & (dims < HEAD_DIM_V)[None, :],

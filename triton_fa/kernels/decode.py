@@ -497,7 +497,8 @@ def decode_kernel(
                     even = tl.where(turned, -even, even)
                     odd = tl.where(turned, -odd, odd)
                     held_q = joined(even.to(tl.float16), odd.to(tl.float16))
-                    held_scale = tl.maximum(tl.where(factor < 0, -factor, factor), 1e-30)
+                    size = tl.where(factor < 0, -factor, factor)
+                    held_scale = tl.where(size < 1e-30, 1e-30, size)  # a NaN stays one
                 q0, q1 = parted(held_q, FP8_HARDWARE)
             elif HAS_K:
                 q0 = load_queries(q_base, q_rows, dims0, row_mask, HEAD_DIM, Q_FORMAT, NEGATE)
@@ -659,7 +660,7 @@ def decode_kernel(
                     else:
                         factor, lse = finish(row_max, total, 0.0, False)
                     # 0 times the NaN of an unused slot is not 0.
-                    live = (total > 0)[:, None]
+                    live = (total != 0)[:, None]
                     out_row = (
                         seq_idx.to(tl.int64) * out_stride_b
                         + (first_q + token).to(tl.int64) * out_stride_t

@@ -700,7 +700,7 @@ def attend(
 def stage_out(acc, factor, row_sum, smem):
     """The result of rows into shared memory; zeros for those that saw no key."""
     OF_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    has_seen = gl.convert_layout(row_sum, OF_ROW)[:, None] > 0
+    has_seen = gl.convert_layout(row_sum, OF_ROW)[:, None] != 0
     out = gl.where(has_seen, acc * gl.convert_layout(factor, OF_ROW)[:, None], 0.0)
     smem.store(out.to(smem.dtype))
 

@@ -447,7 +447,7 @@ def store_rows(
     dims = tl.arange(0, BLOCK)
     tl.store(
         pointers[:, None] + dims[None, :],
-        tl.where((row_sum > 0)[:, None], acc * factor[:, None], 0.0).to(
+        tl.where((row_sum != 0)[:, None], acc * factor[:, None], 0.0).to(
             out_base[0].dtype.element_ty
         ),
         mask=mask[:, None] & (dims < DIM)[None, :],

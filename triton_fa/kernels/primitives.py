@@ -393,9 +393,9 @@ def finish(row_max, row_sum, sink_log2, HAS_SINK: tl.constexpr):
     if HAS_SINK:
         top = tl.maximum(row_max, sink_log2)
         total = row_sum * tl.exp2(row_max - top) + tl.exp2(sink_log2 - top)
-        factor = tl.where(row_sum > 0, tl.exp2(row_max - top) / total, 0.0)
+        factor = tl.where(row_sum != 0, tl.exp2(row_max - top) / total, 0.0)
         lse = (top + tl.log2(total)) * LN2
     else:
-        factor = tl.where(row_sum > 0, 1.0 / row_sum, 0.0)
-        lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * LN2, NEG_INF)
+        factor = tl.where(row_sum != 0, 1.0 / row_sum, 0.0)
+        lse = tl.where(row_sum != 0, (row_max + tl.log2(row_sum)) * LN2, NEG_INF)
     return factor, lse
