@@ -44,6 +44,7 @@ from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
 from triton_fa.kernels import hopper_plans, plans, primitives
 from triton_fa.kernels.compat import TRITON_VERSION
+from triton_fa.kernels.transpose import transpose_kernel
 from triton_fa.problem import Problem
 
 pytest.importorskip("triton")
@@ -263,6 +264,7 @@ FLOAT8_FEATURES = {
     "sinks-window": {"sinks": True, "window": (30, 0)},
     "unused-rows": {"pad_q": 5, "pad_k": 9},
     "strides": {"kv_strides": "sliced"},
+    "fused": {"kv_strides": "fused"},
     "queries-of-one-head": {"heads_q": 8, "heads_kv": 1},
 }
 FLOAT8_CACHE_FEATURES = {
@@ -271,6 +273,7 @@ FLOAT8_CACHE_FEATURES = {
     "page-256": {"page_size": 256},
     "batch-idx": {"batch_idx": True, "spare_rows": 2},
     "append": {"append": "packed", "seqlens_new": (9, 97, 0), "seqlens_k": (190, 0, 450)},
+    "split": {"kv_strides": "split", "heads_q": 4, "heads_kv": 2},
     "dense": CACHE_FEATURES["dense"],
     "dense-batch-idx": CACHE_FEATURES["dense-batch-idx"],
     "dense-left-padding": CACHE_FEATURES["dense-left-padding"],
@@ -311,6 +314,39 @@ def test_factors_of_any_sign(name: str, head_dim: int, on_hopper: None, device: 
 def test_float8_caches(name: str, on_hopper: None, device: str) -> None:
     changes = {"dtype": "float8_e4m3fn", "descales": "qkv"} | FLOAT8_CACHE_FEATURES[name]
     agrees(CACHED.with_changes(**changes), device)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_a_page_table_without_any_page(dtype: str, on_hopper: None, device: str) -> None:
+    arguments = Prepared.of(CACHED.with_changes(dtype=dtype), device).arguments()
+    arguments["page_table"] = arguments["page_table"][:, :0]
+    arguments["cache_seqlens"].zero_()
+    out, lse = triton_fa.flash_attn_with_kvcache(**arguments, ver="triton")
+    assert not out.any()
+    assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for chips that are not here")
+def test_programs_that_transpose_take_several_blocks(
+    on_hopper: None, fresh: pytest.MonkeyPatch
+) -> None:
+    """As many as the chip keeps busy, however wide the page table is."""
+    seen: list[plans.Plan] = []
+    real = plans.plan
+
+    def spy(problem: Problem, device: DeviceFacts) -> plans.Plan:
+        bounds = dataclasses.replace(problem.bounds, max_seqlen_k=1 << 20)
+        seen.append(real(dataclasses.replace(problem, bounds=bounds), H200))
+        return real(problem, device)
+
+    fresh.setattr(plans, "plan", spy)
+    fresh.setattr(hopper_plans, "TRANSPOSING_PROGRAMS", 4)
+    case = CACHED.with_changes(dtype="float8_e4m3fn", heads_q=4, heads_kv=2)
+    agrees(case, "cpu")  # two programs of a head and sequence, and four blocks in the longest
+    (planned,) = seen
+    (step,) = (s for s in planned.launches if s.kernel is transpose_kernel)
+    assert step.grid == (4 * 132, 1, 1)
+    assert step.values["tiles"] == 88
 
 
 # ---------------------------------------------------------------- the order of tiles
@@ -505,8 +541,75 @@ def test_more_transposed_values_than_are_kept(fresh: pytest.MonkeyPatch) -> None
     fresh.setattr(hopper_plans, "MOST_TRANSPOSED", size)
     assert hopper_plans.refusals(problem, H200) == []
     fresh.setattr(hopper_plans, "MOST_TRANSPOSED", size - 1)
-    reasons = [f"transposed values take {size} bytes"]
+    reasons = [f"transposed values take {size} bytes, of at most {size - 1}"]
     assert hopper_plans.refusals(problem, H200) == reasons
+    assert hopper_plans.tile(problem, H200) is None
+    # Batch-invariant calls of any size run on one kernel, or not at all.
+    problem = invariant(problem)
+    with pytest.raises(triton_fa.UnsupportedError, match=f"batch_invariant: {reasons[0]}; fewer"):
+        hopper_plans.tile(problem, H200)
+    fresh.setattr(hopper_plans, "MOST_TRANSPOSED", size)
+    assert hopper_plans.tile(problem, H200) is not None
+    fresh.setattr(hopper_plans, "MOST_TRANSPOSED", 0)
+    # What the kernel takes at no size is served by the other one.
+    negative = dataclasses.replace(problem.spec, softmax_scale=-1.0)
+    assert hopper_plans.tile(dataclasses.replace(problem, spec=negative), H200) is None
+
+
+def invariant(problem: Problem) -> Problem:
+    features = problem.spec.features | {"batch_invariant"}
+    return dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, features=features))
+
+
+def test_too_large_to_be_batch_invariant(
+    on_hopper: None, fresh: pytest.MonkeyPatch, device: str
+) -> None:
+    """The caller is told, and before anything is launched; others are served."""
+    arguments = Prepared.of(FLOAT8, device).arguments()
+    fresh.setattr(hopper_plans, "MOST_TRANSPOSED", 1 << 18)
+    invariant_call = arguments | {"batch_invariant": True}
+    triton_fa.flash_attn_varlen_func(**invariant_call, ver="triton")
+    before = len(launched)
+    assert before
+    fresh.setattr(hopper_plans, "MOST_TRANSPOSED", 1 << 10)
+    api._RECORDS.clear()
+    with pytest.raises(triton_fa.UnsupportedError, match="batch_invariant: transposed values"):
+        triton_fa.flash_attn_varlen_func(**invariant_call, ver="triton")
+    triton_fa.flash_attn_varlen_func(**arguments, ver="triton")
+    assert len(launched) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for chips that are not here")
+@pytest.mark.parametrize("name", ["q", "k", "out"])
+def test_a_stride_by_which_nothing_is_stepped(name: str, fresh: pytest.MonkeyPatch) -> None:
+    """It chooses no kernel, but for batch-invariant calls: for others in the batch it would."""
+    case = CACHED.with_changes(
+        q_layout="batched",
+        kv_layout="batched",
+        page_size=0,
+        spare_pages=0,
+        seqlens_q=(3, 3),
+        seqlens_k=(5, 5),
+        out=True,
+    )
+    both = a_problem(case, fresh)
+    fresh.setenv("TRITON_FA_HOPPER", "1")
+    settings.cache_clear()
+    fresh.setattr(hopper_plans, "INTERPRETED", False)
+
+    def refusals(problem: Problem, batch: int, room: int) -> list[str]:
+        _, tokens, heads, dim = getattr(problem.tensors, name).shape
+        strides = (tokens * heads * dim + room, heads * dim, dim, 1)
+        shape = (batch, tokens, heads, dim)
+        tensor = torch.empty_strided(shape, strides, dtype=torch.float16)
+        tensors = problem.tensors._replace(**{name: tensor})
+        return hopper_plans.refusals(dataclasses.replace(problem, tensors=tensors), H200)
+
+    for room, reasons in ((8, 0), (4, 1)):
+        assert len(refusals(both, 2, room)) == reasons
+        assert refusals(both, 1, room) == []
+        assert len(refusals(invariant(both), 2, room)) == reasons
+        assert len(refusals(invariant(both), 1, room)) == reasons
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it is chosen where it was run")

@@ -292,6 +292,33 @@ def test_what_the_kernel_does_not_take(
     assert latent_plans.refusals(problem, H200, most_rows) == ([] if reason is None else [reason])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="plans for chips that are not here")
+@pytest.mark.parametrize("options", [{}, {"batch_invariant": True}])
+def test_a_stride_by_which_nothing_is_stepped(
+    options: dict[str, Any], fresh: pytest.MonkeyPatch
+) -> None:
+    """It chooses no kernel, but for batch-invariant calls: for others in the batch it would."""
+    planned: list[Problem] = []
+
+    def spy(problem: Problem, device: DeviceFacts) -> plans.Plan:
+        planned.append(problem)
+        raise RuntimeError("enough is known")
+
+    fresh.setattr(plans, "plan", spy)
+    fresh.setattr(hopper_plans, "unavailable", lambda device: None)
+    case = LATENT.with_changes(heads_q=40, seqlens_q=(1,), seqlens_k=(3,))
+    arguments = Prepared.of(case, "cpu").arguments() | options
+    q = arguments["q"]
+    for odd in (0, 4):
+        strides = (q.stride(0) + odd, *q.stride()[1:])
+        arguments["q"] = torch.empty_strided(q.shape, strides, dtype=q.dtype)
+        with pytest.raises(RuntimeError, match="enough is known"):
+            triton_fa.flash_attn_with_kvcache(**arguments, ver="triton")
+    even, odd_one = (latent_plans.refusals(problem, H200, case.heads_q) for problem in planned)
+    assert even == []
+    assert odd_one == (["q: strides or address"] if options else [])
+
+
 # ---------------------------------------------------------------- what only a GPU can show
 
 RAGGED = (1, 0, 63, 64, 65, 200, 1000, 4097)

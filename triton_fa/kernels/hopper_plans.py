@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
+from triton_fa.errors import UnsupportedError
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
 from triton_fa.kernels.launch import names_of, specialisation
 from triton_fa.kernels.transpose import transpose_kernel
@@ -51,6 +52,10 @@ SHORTEST = 96
 """Where no sequence has more query tokens than this, `prefill.py` wastes fewer rows: its tiles hold
 those of all heads of a group."""
 TRANSPOSED_KEYS = 128  # of one program's block
+TRANSPOSING_PROGRAMS = 32
+"""About the most for each multiprocessor: bounds may be far above the lengths, and programs that
+find nothing take time. On an H200 each has at most 32 blocks of 2 GiB at head_dim 128, however
+skewed they are."""
 NARROWEST = 512
 """Where rows see fewer keys than this its larger tiles are mostly mask: at head_dim 64 and a window
 of 128 it took 498 µs, `prefill.py` 301; with a window of 1024 it is 1.4 times as quick."""
@@ -153,8 +158,16 @@ MOST_TRANSPOSED = 1 << 31
 
 
 def tile(problem: Problem, device: DeviceFacts) -> Tile | None:
-    """The tile of the Hopper kernel for `problem`; None where it does not take it."""
+    """The tile of the Hopper kernel for `problem`; None where it does not take it.
+
+    Raises:
+        UnsupportedError: the size of a batch-invariant call alone keeps it from the kernel.
+    """
     reasons = refusals(problem, device)
+    if problem.spec.batch_invariant and reasons == [too_much_transposed(problem)]:
+        # Smaller calls run on this kernel; on the other one the same row would have other bits.
+        less = "fewer sequences or a narrower page_table take less, TRITON_FA_HOPPER=0 takes none"
+        raise UnsupportedError("triton", [f"batch_invariant: {reasons[0]}; {less}"])
     if reasons:
         _logger.debug("prefill runs on the portable kernel: %s", "; ".join(reasons))
         return None
@@ -203,7 +216,7 @@ def refusals(problem: Problem, device: DeviceFacts) -> list[str]:
     if spec.dtype not in ELEMENTS or spec.kv_dtype != spec.dtype:
         reasons.append(f"{spec.dtype} beside {spec.kv_dtype}")
     if is_fp8 and transposed_shape(problem)[0] > MOST_TRANSPOSED:
-        reasons.append(f"transposed values take {transposed_shape(problem)[0]} bytes")
+        reasons.append(too_much_transposed(problem))
     if (spec.head_dim, spec.head_dim_v) not in tiles_of(spec):
         reasons.append(f"head dims {spec.head_dim}, {spec.head_dim_v}")
     if spec.softmax_scale < 0:
@@ -219,9 +232,15 @@ def refusals(problem: Problem, device: DeviceFacts) -> list[str]:
             reasons.append(f"rows see at most {seen_by_a_row(spec)} keys")
     for name in ("q", "k", "out") if is_fp8 else ("q", "k", "v", "out"):
         tensor = getattr(problem.tensors, name)
-        if tensor is not None and not _describable(tensor):
+        if tensor is not None and not _describable(tensor, spec.batch_invariant):
             reasons.append(f"{name}: strides {tensor.stride()} or address")
     return reasons
+
+
+def too_much_transposed(problem: Problem) -> str:
+    """What is said of a call with more than MOST_TRANSPOSED."""
+    size, _ = transposed_shape(problem)
+    return f"transposed values take {size} bytes, of at most {MOST_TRANSPOSED}"
 
 
 def seen_by_a_row(spec: AttnSpec) -> int:
@@ -233,12 +252,16 @@ def seen_by_a_row(spec: AttnSpec) -> int:
     return spec.window_left + spec.window_right + 1
 
 
-def _describable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor map can hold the strides and sizes of [..., tokens, heads, dim]."""
+def _describable(tensor: torch.Tensor, all_strides: bool) -> bool:
+    """Whether a tensor map can hold the strides and sizes of [..., tokens, heads, dim].
+
+    With `all_strides` those count, too, by which nothing is stepped in this call: a batch of one.
+    """
     strides = tensor.stride()
-    used = [s for s, size in zip(strides, tensor.shape, strict=True) if size > 1]
+    sized = zip(strides[:-1], tensor.shape, strict=False)
+    used = [s for s, size in sized if all_strides or size > 1]
     step = 16 // tensor.element_size()
-    in_steps = all(s > 0 and s % step == 0 for s in (*used[:-1], strides[-3])) and strides[-1] == 1
+    in_steps = all(s > 0 and s % step == 0 for s in (*used, strides[-3])) and strides[-1] == 1
     columns = (tensor.shape[-2] - 1) * strides[-2] + tensor.shape[-1]
     fits = columns < MOST and tensor.shape[-3] < WRAP and tensor.shape[0] < WRAP
     return bool(in_steps and fits and max(strides) < 1 << 34 and tensor.data_ptr() % 16 == 0)
@@ -308,12 +331,13 @@ def launches(
     own = {name: planned.pop(name) for name in ("segment", "num_row_tiles")}
     own |= {"tiles": tiles, "counter_offset": counter_offset}
     own["C"] = c = variant(problem, chosen, common, **planned)
+    given = common
     if c.FP8:  # heads of transposed values lie that many rows apart
-        common = common | {"v_stride_h": problem.spec.head_dim_v}
+        given = common | {"v_stride_h": problem.spec.head_dim_v}
     module = kernel_module()
     tensors = (*TENSORS, "v_transposed_ptr" if c.FP8 else "v_ptr")
-    kernel = Described(module.hopper_kernel, tensors, views(problem, c, common))
-    values = {name: common[name] for name in names_of(kernel) if name in common} | own
+    kernel = Described(module.hopper_kernel, tensors, views(problem, c, given))
+    values = {name: given[name] for name in names_of(kernel) if name in given} | own
     steps: list[tuple[Any, ...]] = [(kernel, (programs, 1, 1), values, {"num_warps": 4})]
     if tiles > programs:
         offset = {"counter_offset": counter_offset}
@@ -321,7 +345,7 @@ def launches(
     if not c.FP8:
         return steps, 1, 0
     size, row_stride = transposed_shape(problem)
-    steps.insert(0, transposing(problem, common, row_stride, planned["DECODE_ROWS"]))
+    steps.insert(0, transposing(problem, device, common, row_stride, planned["DECODE_ROWS"]))
     return steps, 1, size
 
 
@@ -331,16 +355,22 @@ def transposed_shape(problem: Problem) -> tuple[int, int]:
     if spec.key_layout == "packed":
         keys, batch = -(-tensors.v.shape[0] // 16) + bounds.batch, 1
     else:
-        keys, batch = -(-bounds.max_seqlen_k // 16), bounds.batch
+        # One block at least, which has an address.
+        keys, batch = -(-max(1, bounds.max_seqlen_k) // 16), bounds.batch
     return batch * spec.num_heads_kv * spec.head_dim_v * keys * 16, keys * 16
 
 
 def transposing(
-    problem: Problem, common: dict[str, Any], row_stride: int, decode_rows: int
+    problem: Problem,
+    device: DeviceFacts,
+    common: dict[str, Any],
+    row_stride: int,
+    decode_rows: int,
 ) -> tuple[Any, ...]:
-    """The launch that transposes the values."""
+    """The launch that transposes the values; `common` has the strides of the given ones."""
     spec, bounds = problem.spec, problem.bounds
-    tiles = max(1, -(-bounds.max_seqlen_k // TRANSPOSED_KEYS))
+    most = -(-TRANSPOSING_PROGRAMS * device.num_sms // (spec.num_heads_kv * bounds.batch))
+    tiles = max(1, min(most, -(-bounds.max_seqlen_k // TRANSPOSED_KEYS)))
     values = {name: common[name] for name in transpose_kernel.arg_names if name in common}
     values |= {
         "row_stride": row_stride,

@@ -116,15 +116,16 @@ def refusals(problem: Problem, device: DeviceFacts, most_rows: int) -> list[str]
     if rows <= FEWEST:
         reasons.append(f"{rows} rows")
     for name in ("qv", "v") if "only_qv" in spec.features else ("q", "qv", "k", "v"):
-        if not _in_steps(getattr(problem.tensors, name)):
+        if not _in_steps(getattr(problem.tensors, name), spec.batch_invariant):
             reasons.append(f"{name}: strides or address")
     return reasons
 
 
-def _in_steps(tensor: torch.Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes."""
-    used = [s for s, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
-    in_steps = all(s > 0 and s % 8 == 0 for s in used[:-1]) and tensor.stride(-1) == 1
+def _in_steps(tensor: torch.Tensor, all_strides: bool) -> bool:
+    """Whether rows begin at multiples of 16 bytes; `all_strides` as in `hopper_plans.py`."""
+    sized = zip(tensor.stride()[:-1], tensor.shape, strict=False)
+    used = [s for s, size in sized if all_strides or size > 1]
+    in_steps = all(s > 0 and s % 8 == 0 for s in used) and tensor.stride(-1) == 1
     return in_steps and tensor.data_ptr() % 16 == 0
 
 
