@@ -144,14 +144,19 @@ def sinks(heads: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(heads, dtype=dtype)
 
 
-def latent(heads: int, *, page_size: int = 64, **options: Any) -> Callable[[], object]:
-    """Absorbed MLA: one kv head, values of 512 that are scored, keys of 64 beside them."""
+def latent(
+    heads: int, *, page_size: int = 64, row: int = 576, **options: Any
+) -> Callable[[], object]:
+    """Absorbed MLA: one kv head, values of 512 that are scored, keys of 64 beside them.
+
+    `row` is how many elements one row of the cache lies behind the one before.
+    """
 
     def call() -> object:
-        cache = torch.zeros(8, page_size, 1, 576, dtype=torch.bfloat16)
+        cache = torch.zeros(8, page_size, 1, row, dtype=torch.bfloat16)
         return triton_fa.flash_attn_with_kvcache(
             torch.zeros(BATCH, 1, heads, 64, dtype=torch.bfloat16),
-            cache[..., 512:],
+            cache[..., 512:576],
             cache[..., :512],
             qv=torch.zeros(BATCH, 1, heads, 512, dtype=torch.bfloat16),
             cache_seqlens=ints(BATCH),
@@ -331,6 +336,7 @@ HOPPER |= {
     "hopper-latent-invariant": latent(128, batch_invariant=True),
     "hopper-latent-page-1": latent(128, page_size=1),
     "hopper-latent-page-16": latent(64, page_size=16),
+    "hopper-latent-page-16-rows-584": latent(128, page_size=16, row=584),
     "hopper-latent-page-32": latent(64, page_size=32),
     "hopper-256-softcap": prefill(LONG, dim=256, softcap=50.0, window_size=(4096, 0)),
     "hopper-64-e4m3": prefill(LONG, dim=64, dtype=E4M3),
