@@ -69,7 +69,6 @@ def emulated(kernel: hopper_plans.Described, grid: tuple[int, int, int]) -> Call
 def on_hopper(fresh: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Calls are planned for Hopper and run on its kernel, or an emulation of it."""
     fresh.setenv("TRITON_FA_HOPPER", "1")
-    fresh.setattr(latent_plans, "FEWEST", 0)  # few rows are merged sooner
     if torch.cuda.is_available():
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("needs compute capability 9.0")
@@ -85,6 +84,8 @@ def on_hopper(fresh: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         fresh.setattr("triton_fa.device.facts", lambda device: facts)
         fresh.setattr(hopper_plans, "INTERPRETED", False)
         fresh.setattr(hopper_plans.Described, "__getitem__", emulated)
+        # All rows in one program of the merge: what takes long is Triton's interpreter.
+        fresh.setattr(plans, "_merge_shape", lambda pieces, spec, rows: (8, rows, 1))
     launched.clear()
     yield fresh
     assert launched, "the Hopper kernel was not chosen"
@@ -122,12 +123,37 @@ FEATURES: dict[str, dict[str, Any]] = {
     "only": {"only_qv": "unread"},
     "dense": {"kv_layout": "batched", "page_size": 0, "spare_pages": 0},
     "three-splits": {"num_splits": 3, "seqlens_k": (450, 1, 65)},
+    "strided": {"out": True, "q_strided": True, "seqlens_q": (2, 2), "seqlens_k": (150, 65)},
+    "strided-packed": {
+        "out": True,
+        "q_strided": True,
+        "q_layout": "packed",
+        "seqlens_q": (2, 1),
+        "seqlens_k": (70, 65),
+    },
+    "heads-apart": {"heads_q": 4, "heads_kv": 2, "page_size": 16, "kv_strides": "sliced"},
 }
 
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_features(name: str, on_hopper: pytest.MonkeyPatch, device: str) -> None:
     agrees(LATENT.with_changes(**FEATURES[name]), device)
+
+
+def test_many_sequences(on_hopper: pytest.MonkeyPatch, device: str) -> None:
+    """Several blocks of them, the last one not full."""
+    on_hopper.setattr(plans, "_block_b", lambda batch: 32)
+    lengths = tuple((1, 0, 70, 64, 3)[i % 5] for i in range(35))
+    inputs = Latent(lengths, 3, 1, 64, torch.float16, device)
+    for options in ({}, {"batch_invariant": True}):
+        inputs.check(*inputs.call(**options))
+
+
+@pytest.mark.parametrize("page", [1, 64])
+def test_rows_of_odd_sizes(page: int, on_hopper: pytest.MonkeyPatch, device: str) -> None:
+    """Multiples of 16 bytes, and of no more."""
+    inputs = Latent((70, 3), 3, 1, page, torch.float16, device, row=584)
+    inputs.check(*inputs.call())
 
 
 # ---------------------------------------------------------------- inputs of one's own
@@ -146,6 +172,7 @@ class Latent:
         device: str,
         seed: int = 0,
         rise: float = 0.0,  # of the scores from one tile of 64 keys to the next, in base 2
+        row: int = 576,  # elements between one row of the cache and the next
     ) -> None:
         rng = torch.Generator(device=device).manual_seed(seed)
         random = functools.partial(torch.randn, generator=rng, device=device)
@@ -166,7 +193,8 @@ class Latent:
             shape = (batch * width + 2, page)
             order = torch.randperm(shape[0], generator=rng, device=device)
             self.table = order[: batch * width].view(batch, width).int()
-        self.cache = torch.full((*shape, 1, 576), float("nan"), dtype=dtype, device=device)
+        self.cache = torch.full((*shape, 1, row), float("nan"), dtype=dtype, device=device)
+        self.cache = self.cache[..., :576]
         for seq, rows in enumerate(self.rows):
             token = torch.arange(len(rows), device=device)
             if self.table is None:
@@ -260,9 +288,11 @@ H200 = DeviceFacts("cuda", (9, 0), 132, 227 << 10)
     [
         ({}, {}, None),
         ({"heads_q": 16}, {}, "16 rows"),
+        ({"heads_q": 16}, {"TRITON_FA_HOPPER": "1"}, None),
         ({"heads_q": 32}, {}, None),
         ({"heads_q": 16, "seqlens_q": (3, 3, 3)}, {}, None),
         ({"heads_q": 16, "seqlens_q": (3, 3, 3)}, {"batch_invariant": True}, "16 rows"),
+        ({"head_dim": 128}, {"TRITON_FA_HOPPER": "1"}, "head dims 128, 512"),
         ({"head_dim": 128}, {}, "head dims 128, 512"),
         ({"softcap": 20.0}, {}, "softcap"),
         ({"window": (40, 0)}, {}, "rows do not see the first keys"),
@@ -280,6 +310,10 @@ def test_what_the_kernel_does_not_take(
         raise RuntimeError("enough is known")
 
     fresh.setattr(plans, "plan", spy)
+    options = dict(options)
+    if "TRITON_FA_HOPPER" in options:
+        fresh.setenv("TRITON_FA_HOPPER", options.pop("TRITON_FA_HOPPER"))
+        settings.cache_clear()
     case = LATENT.with_changes(**{"heads_q": 40, "seqlens_k": (3, 3, 3)} | changes)
     arguments = Prepared.of(case, "cpu").arguments() | options
     with pytest.raises(RuntimeError, match="enough is known"):
@@ -415,7 +449,7 @@ def test_launches_agree(page: int, direct: str, on_hopper: pytest.MonkeyPatch, d
 
 COMPILED = {
     "page-64": latent_call(128),
-    "page-16": latent_call(128, page_size=16),
+    "page-16": latent_call(128, page_size=16, row=584),
     "invariant": latent_call(128, batch_invariant=True),
 }
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from triton_fa.device import DeviceFacts
+from triton_fa.env import settings
 from triton_fa.kernels import hopper_plans
 from triton_fa.kernels.hopper_plans import MOST, WRAP, Described, View
 from triton_fa.problem import Problem
@@ -113,7 +114,7 @@ def refusals(problem: Problem, device: DeviceFacts, most_rows: int) -> list[str]
     if spec.window_left >= 0 or spec.attention_chunk:
         reasons.append("rows do not see the first keys")
     rows = spec.q_heads_per_kv if spec.batch_invariant else most_rows
-    if rows <= FEWEST:
+    if settings().hopper is None and rows <= FEWEST:
         reasons.append(f"{rows} rows")
     for name in ("qv", "v") if "only_qv" in spec.features else ("q", "qv", "k", "v"):
         if not _in_steps(getattr(problem.tensors, name), spec.batch_invariant):
