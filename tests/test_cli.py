@@ -243,12 +243,16 @@ def test_warmup_passes_every_option_on(fresh: pytest.MonkeyPatch, device: str) -
     seen: list[tuple[warm.Model, warm.Variant]] = []
     fresh.setattr(warming, "run_variant", lambda *given: seen.append(given))
     run(
-        *("warmup", "8/2x64", "--dtype", "fp32", "--page-size", "32", "--no-causal"),
+        *("warmup", "8/2x64", "--dtype", "fp16", "--page-size", "32", "--no-causal"),
         *("--window", "7", "8", "--softcap", "3.5", "--sinks", "--lse", "--max-batch", "1"),
+        *("--kv-dtype", "e4m3", "--descales", "--qv"),
         *("--max-seqlen-q", "4", "--max-seqlen-k", "99", "--processes", "1", "--device", device),
     )
     assert {model for model, _ in seen} == {
-        warm.Model(8, 2, 64, 64, torch.float32, 32, False, (7, 8), 3.5, True, True, 99, where)
+        warm.Model(
+            *(8, 2, 64, 64, torch.float16, 32, False, (7, 8), 3.5, True, True, 99, where),
+            *(True, torch.float8_e4m3fn, True),
+        )
         for where in [str(torch.empty(0, device=device).device)]
     }
     assert [variant for _, variant in seen] == [(1, 1), (1, 2), (1, 4)]
@@ -303,6 +307,19 @@ def test_how_many_variants_there_are() -> None:
     """What the docstring says."""
     assert len(warm.variants(4, 256, (1,))) == 16
     assert {most for _, most in warm.variants(4, 1, (2048,))} == {1, 2, 4, 8, 16, 64, 2048}
+    assert {most for _, most in warm.variants(128, 1, (7,), qv=True)} == {1, 2, 4, 7}
+
+
+def test_float8_queries_are_warmed_up_with_factors(device: str) -> None:
+    done = triton_fa.warmup(
+        *(2, 1, 16),
+        dtype=torch.float8_e4m3fn,
+        descales=True,
+        max_batch=1,
+        max_seqlen_k=32,
+        device=device,
+    )
+    assert done == [(1, 1)]
 
 
 # ---------------------------------------------------------------- tune

@@ -78,6 +78,23 @@ def test_bounds_are_never_beyond_the_tensors() -> None:
     assert (bounds.max_seqlen_q, bounds.max_seqlen_k) == (5, 7)
 
 
+@pytest.mark.parametrize(("stated", "bound"), [(3, 3), (5, 5), (6, 6), (7, 7), (8, 8), (10**9, 8)])
+def test_bounds_of_few_sizes_where_values_are_scored(stated: int, bound: int) -> None:
+    """Behind 5 tokens the next power of two, but never more than was stated."""
+    q, qv, v = torch.zeros(5, 4, 16), torch.zeros(5, 4, 24), torch.zeros(9, 8, 1, 24)
+    tensors = Tensors(
+        q=q,
+        k=torch.zeros(9, 8, 1, 16),
+        v=v,
+        qv=qv,
+        page_table=torch.zeros(3, 6, dtype=torch.int32),
+        cu_seqlens_q=ints(0, 1, 2, 5),
+        seqused_k=ints(1, 2, 3),
+    )
+    problem = normalize.problem(tensors, Options("kvcache", max_seqlen_q=stated))
+    assert problem.bounds.max_seqlen_q == bound
+
+
 @pytest.mark.parametrize(
     ("causal", "window", "want"),
     [

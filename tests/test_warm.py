@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import torch
 import triton_fa
 from tests.portability.compiler import Step, planning_for
 from tests.portability.targets import TARGETS
+from triton_fa.kernels.hopper_plans import View
 
 pytest.importorskip("triton")
 
@@ -38,13 +40,48 @@ MODELS: dict[str, dict[str, Any]] = {
         "window_size": (255, 0),
         "return_softmax_lse": True,
     },
+    "128/1x64 latent": {
+        "head_dim_v": 512,
+        "qv": True,
+        "page_size": 64,
+        "max_seqlens_q": (1, 7),
+        "max_batch": 40,
+    },
+    "24/1x64 latent": {
+        "head_dim_v": 512,
+        "qv": True,
+        "page_size": 16,
+        "max_seqlens_q": (6, 100),
+        "max_batch": 8,
+    },
+    "8/2x128 float8 cache": {
+        "kv_dtype": torch.float8_e4m3fn,
+        "descales": True,
+        "page_size": 32,
+        "max_seqlens_q": (1, 300),
+        "max_batch": 20,
+    },
+    "6/2x64 float8": {
+        "dtype": torch.float8_e4m3fn,
+        "descales": True,
+        "page_size": 16,
+        "max_seqlens_q": (1, 1200),
+        "max_batch": 9,
+    },
+    "4/4x128 float8 cache, no factors": {
+        "kv_dtype": torch.float8_e5m2,
+        "page_size": 16,
+        "max_seqlens_q": (1,),
+        "max_batch": 20,
+    },
 }
 
 
 def variant(step: Step) -> tuple[Any, ...]:
     """What Triton compiles a launch for: types, alignments and values it is specialised on."""
     kernel = getattr(step.kernel, "_kernel", step.kernel)  # inside of the Hopper kernel's wrapper
-    found: list[Any] = [step.kernel.__name__, sorted(step.options.items())]
+    views = [v and (v.dtype, v.block) for v in getattr(step.kernel, "_views", ())]
+    found: list[Any] = [step.kernel.__name__, sorted(step.options.items()), ("views", *views)]
     for param in kernel.params:
         value = step.values.get(param.name)
         if value is None or param.is_constexpr:
@@ -61,19 +98,52 @@ def variant(step: Step) -> tuple[Any, ...]:
 def calls(rng: random.Random, model: dict[str, Any]) -> Iterator[dict[str, int]]:
     """Calls as engines make them: any batch, bound, number of tokens and width of the table."""
     for _ in range(CALLS):
-        batch = rng.randint(1, model["max_batch"])
+        batch = rng.randint(1, rng.choice((4, model["max_batch"])))
         most = rng.choice(model["max_seqlens_q"])
-        tokens = rng.choice((batch, batch * rng.randint(1, most), rng.randint(1, batch * most)))
+        few, each = rng.randint(1, most), rng.randint(1, most)
+        tokens = rng.choice((few, batch, batch * each, rng.randint(1, batch * most)))
         width = rng.randint(1, 64)
         yield {"batch": batch, "most": most, "tokens": min(tokens, 1 << 16), "width": width}
+
+
+def arguments(rng: random.Random, name: str, call: dict[str, int]) -> dict[str, Any]:
+    """The tensors of a call."""
+    model = MODELS[name]
+    num_heads_q, num_heads_kv, dim, dim_v = shape(name)
+    dtype = model.get("dtype", torch.bfloat16)
+    kv_dtype = model.get("kv_dtype", dtype)
+    pages = (call["batch"] * call["width"], model["page_size"], num_heads_kv)
+    k_cache = torch.empty(*pages, dim, dtype=kv_dtype)
+    v_cache = torch.empty(*pages, dim_v, dtype=kv_dtype)
+    given: dict[str, Any] = {}
+    if model.get("qv"):
+        both = torch.empty(*pages, dim_v + dim, dtype=kv_dtype)
+        v_cache, k_cache = both.split([dim_v, dim], -1)
+        given["qv"] = torch.empty(call["tokens"], num_heads_q, dim_v, dtype=dtype)
+    if model.get("descales"):
+        shapes = (call["batch"], num_heads_kv)
+        for which in ("k", "v", *(["q"] if dtype.itemsize == 1 else [])):
+            contiguous = rng.random() < 0.5
+            given[f"{which}_descale"] = torch.ones(shapes if contiguous else ()).expand(shapes)
+    return given | {
+        "q": torch.empty(call["tokens"], num_heads_q, dim, dtype=dtype),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+    }
+
+
+def shape(name: str) -> tuple[int, int, int, int]:
+    """(num_heads_q, num_heads_kv, head_dim, head_dim_v) of a model."""
+    heads, dim = name.split()[0].split("x")
+    num_heads_q, num_heads_kv = map(int, heads.split("/"))
+    return num_heads_q, num_heads_kv, int(dim), MODELS[name].get("head_dim_v", int(dim))
 
 
 def missed(name: str, rng: random.Random) -> list[str]:
     """The calls that would compile something after a warm-up."""
     model = dict(MODELS[name])
-    heads, dim = name.split()[0].split("x")
-    num_heads_q, num_heads_kv = map(int, heads.split("/"))
-    head_dim, page_size = int(dim), model["page_size"]
+    num_heads_q, num_heads_kv, head_dim, head_dim_v = shape(name)
+    page_size = model["page_size"]
     sinks = torch.zeros(num_heads_q, dtype=torch.bfloat16) if model.get("sinks") else None
     settings = {n: model[n] for n in ("window_size", "return_softmax_lse") if n in model}
     with planning_for(TARGETS[sys.argv[1]]) as seen:
@@ -83,23 +153,20 @@ def missed(name: str, rng: random.Random) -> list[str]:
         for call in calls(rng, model):
             seen.clear()
             batch, most = call["batch"], call["most"]
-            pages = (batch * call["width"], page_size, num_heads_kv, head_dim)
             lengths = torch.ones(batch, dtype=torch.int32)
             cu_seqlens_q = torch.zeros(batch + 1, dtype=torch.int32)
             metadata = None
-            if rng.random() < 0.5:
+            if rng.random() < 0.5 and not model.get("qv"):
                 metadata = triton_fa.get_scheduler_metadata(
                     *(batch, most, call["width"] * page_size, num_heads_q, num_heads_kv, head_dim),
-                    *(lengths, torch.bfloat16, head_dim, cu_seqlens_q),
+                    *(lengths, model.get("dtype", torch.bfloat16), head_dim_v, cu_seqlens_q),
                     page_size=page_size,
                     causal=True,
                     window_size=model.get("window_size", (-1, -1)),
                     ver="triton",
                 )
             triton_fa.flash_attn_with_kvcache(
-                torch.empty(call["tokens"], num_heads_q, head_dim, dtype=torch.bfloat16),
-                torch.empty(pages, dtype=torch.bfloat16),
-                torch.empty(pages, dtype=torch.bfloat16),
+                **arguments(rng, name, call),
                 cache_seqlens=lengths,
                 page_table=torch.zeros(batch, call["width"], dtype=torch.int32),
                 cu_seqlens_q=cu_seqlens_q,
@@ -117,6 +184,15 @@ def missed(name: str, rng: random.Random) -> list[str]:
                     differs = min((sorted(own - set(k)) for k in like), key=len, default=["new"])
                     misses.append(f"{name} {step.kernel.__name__} {call}: {differs}")
     return misses
+
+
+def test_boxes_of_descriptors_make_variants() -> None:
+    def found(block: tuple[int, ...]) -> tuple[Any, ...]:
+        view = View(0, (1,), (1,), block, torch.bfloat16)
+        kernel = SimpleNamespace(__name__="kernel", params=[], _views=(None, view))
+        return variant(Step(kernel, {}, {}))
+
+    assert found((64, 128)) == found((64, 128)) != found((32, 128))
 
 
 @pytest.mark.parametrize(("chip", "seed"), [("sm_90", 0), ("gfx942", 1)])

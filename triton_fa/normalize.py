@@ -21,6 +21,7 @@ from triton_fa.checks import (
 )
 from triton_fa.errors import ArgumentError, ArgumentTypeError, ArgumentValueError, LayoutError
 from triton_fa.problem import Append, BlockSparseTensors, Lengths, Problem, Tensors
+from triton_fa.schedule.tiles import next_power_of_2
 from triton_fa.spec import AttnSpec, Bounds, KeyLayout, QueryLayout, metadata_entries
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -179,6 +180,10 @@ def problem(tensors: Tensors, options: Options) -> Problem:
         rotary_interleaved=require_bool("rotary_interleaved", options.rotary_interleaved),
         rotary_moving=_hides_keys(options, q, max_seqlen_k),
     )
+    if tensors.qv is not None and query_layout == "packed":
+        # Kernels are compiled for blocks of its rows: few sizes, not one for each number of tokens.
+        assert options.max_seqlen_q is not None
+        max_seqlen_q = min(options.max_seqlen_q, next_power_of_2(max_seqlen_q))
     bounds = Bounds(
         batch, total_q, max_seqlen_q, max_seqlen_k, fixed_seqlen_k, total_new, max_seqlen_new
     )

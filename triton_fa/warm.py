@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -38,6 +39,8 @@ class Model:
     max_seqlen_k: int
     device: str
     qv: bool = False
+    kv_dtype: torch.dtype | None = None
+    descales: bool = False
 
 
 def _batches(most: int) -> list[int]:
@@ -46,15 +49,21 @@ def _batches(most: int) -> list[int]:
     return sorted({b for step in steps for b in (step, step + 1) if b <= most})
 
 
-def _query_bounds(wanted: Sequence[int], group: int) -> list[int]:
+def _query_bounds(wanted: Sequence[int], group: int, qv: bool) -> list[int]:
     """The bounds asked for, and the smaller ones that a call with few tokens comes down to."""
-    short = [1 << i for i in range(7) if group << i <= 64] + [64]
-    return sorted({*wanted, *(s for s in short if s <= max(wanted, default=0))})
+    most = max(wanted, default=0)
+    if qv:  # see `normalize.problem`
+        short = [1 << i for i in range(most.bit_length())]
+    else:
+        short = [1 << i for i in range(7) if group << i <= 64] + [64]
+    return sorted({*wanted, *(s for s in short if s <= most)})
 
 
-def variants(group: int, max_batch: int, max_seqlens_q: Sequence[int]) -> list[Variant]:
+def variants(
+    group: int, max_batch: int, max_seqlens_q: Sequence[int], *, qv: bool = False
+) -> list[Variant]:
     """What `warmup` runs for `group` query heads a kv head."""
-    bounds = _query_bounds(max_seqlens_q, group)
+    bounds = _query_bounds(max_seqlens_q, group, qv)
     return [(batch, most) for batch in _batches(max_batch) for most in bounds]
 
 
@@ -65,6 +74,8 @@ def warmup(
     *,
     head_dim_v: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
+    descales: bool = False,
     page_size: int = 16,
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
@@ -84,15 +95,19 @@ def warmup(
     that form compile nothing. There is a variant for each pair of a batch size, about two for every
     power of two up to `max_batch` (16 for 256), and a query bound: those given, 64, and the powers
     of two below the largest that leave at most 64 query rows a kv head (1, 2, 4, … 16 in a model of
-    4 query heads each). Each is some calls: several numbers of tokens, with metadata and without.
-    Most find their kernels compiled by an earlier one.
+    4 query heads each); with `qv`, those given and all powers of two below the largest. Each is
+    some calls: several numbers of tokens, with metadata and without. Most find their kernels
+    compiled by an earlier one. Float8 calls with factors and without are models of their own.
 
     Args:
         num_heads_q: Query heads.
         num_heads_kv: Key heads.
         head_dim: Head size of queries and keys.
         head_dim_v: Head size of values; None: as head_dim.
-        dtype: Of queries, keys and values.
+        dtype: Of queries; of metadata, too.
+        kv_dtype: Of keys and values; None: as dtype.
+        descales: Whether the calls have factors of float8 numbers: `k_descale` and `v_descale`, and
+            `q_descale` if queries are float8. Their strides don't matter.
         page_size: Tokens of a page.
         causal: As of the calls.
         window_size: As of the calls.
@@ -124,8 +139,10 @@ def warmup(
         max_seqlen_k,
         str("cuda" if device is None else device),
         qv,
+        kv_dtype,
+        descales,
     )
-    done = variants(num_heads_q // num_heads_kv, max_batch, max_seqlens_q)
+    done = variants(num_heads_q // num_heads_kv, max_batch, max_seqlens_q, qv=qv)
     for variant in done:
         run_variant(model, variant)
         if on_variant is not None:
@@ -138,6 +155,8 @@ def _tokens(model: Model, batch: int, most: int) -> list[int]:
 
     Whatever they are, the lengths say that there is one for each sequence.
     """
+    if model.qv:
+        return [most]
     group = model.num_heads_q // model.num_heads_kv
     means = [1 << i for i in range(most.bit_length()) if i == 0 or group << i <= MEAN_ROWS]
     full = min(batch * most, FULL_ROWS // model.num_heads_q)
@@ -161,11 +180,13 @@ def run_variant(model: Model, variant: Variant) -> Variant:
 def _run(model: Model, variant: Variant, table_width: int) -> None:
     batch, most = variant
     where, dtype = torch.device(model.device), model.dtype
+    kv_dtype = dtype if model.kv_dtype is None else model.kv_dtype
     page = (1, model.page_size, model.num_heads_kv)
-    k_cache = torch.zeros(*page, model.head_dim, dtype=dtype, device=where)
-    v_cache = torch.zeros(*page, model.head_dim_v, dtype=dtype, device=where)
+    k_cache = torch.zeros(*page, model.head_dim, dtype=kv_dtype, device=where)
+    v_cache = torch.zeros(*page, model.head_dim_v, dtype=kv_dtype, device=where)
     if model.qv:
-        both = torch.zeros(*page, model.head_dim_v + model.head_dim, dtype=dtype, device=where)
+        width = model.head_dim_v + model.head_dim
+        both = torch.zeros(*page, width, dtype=kv_dtype, device=where)
         v_cache, k_cache = both.split([model.head_dim_v, model.head_dim], -1)
     lengths = torch.ones(batch, dtype=torch.int32, device=where)
     table = torch.zeros(batch, table_width, dtype=torch.int32, device=where)
@@ -192,6 +213,7 @@ def _run(model: Model, variant: Variant, table_width: int) -> None:
         plans = (metadata, None)
     sinks = torch.zeros(model.num_heads_q, dtype=dtype, device=where) if model.sinks else None
     widths = (model.num_heads_q, model.head_dim_v)
+    factors = _factors(model, batch)
     for tokens, plan in product(_tokens(model, batch, most), plans):
         flash_attn_with_kvcache(
             torch.zeros(tokens, model.num_heads_q, model.head_dim, dtype=dtype, device=where),
@@ -209,4 +231,12 @@ def _run(model: Model, variant: Variant, table_width: int) -> None:
             return_softmax_lse=model.return_softmax_lse,
             scheduler_metadata=plan,
             ver="triton",
+            **factors,
         )
+
+
+def _factors(model: Model, batch: int) -> dict[str, Any]:
+    """The factors of float8 numbers that calls have."""
+    names = ["k_descale", "v_descale", *(["q_descale"] if model.dtype.itemsize == 1 else [])]
+    ones = torch.ones(batch, model.num_heads_kv, device=model.device)
+    return dict.fromkeys(names, ones) if model.descales else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import click
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,11 @@ def shapes() -> Decorator:
     return click.argument("shapes", metavar="SHAPE...", nargs=-1, required=True, callback=_shapes)
 
 
-def dtype() -> Decorator:
+def dtype(names: Iterable[str] = DTYPES) -> Decorator:
     """The dtype of queries, keys and values."""
     return click.option(
         "--dtype",
-        type=click.Choice(list(DTYPES)),
+        type=click.Choice(list(names)),
         default="bf16",
         show_default=True,
         help="Of queries, keys and values.",

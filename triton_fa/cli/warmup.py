@@ -13,19 +13,22 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from triton_fa.cli import options
-from triton_fa.cli.options import DTYPES, Shape
+from triton_fa.cli.options import DTYPES, FLOAT8, Shape
 from triton_fa.device import runs_triton
 from triton_fa.warm import Model, Variant, run_variant, variants
 
 
 @click.command("warmup")
 @options.shapes()
-@options.dtype()
+@options.dtype(DTYPES | FLOAT8)
+@click.option("--kv-dtype", type=click.Choice(list(FLOAT8)), help="Of keys and values alone.")
+@click.option("--descales", is_flag=True, help="The calls have factors of float8 numbers.")
 @click.option("--page-size", default=16, show_default=True, help="Tokens of a page.")
 @click.option("--causal/--no-causal", default=True, show_default=True)
 @click.option("--window", nargs=2, type=int, default=(-1, -1), help="Keys seen left and right.")
 @click.option("--softcap", default=0.0, help="As of the calls.")
 @click.option("--sinks", is_flag=True, help="The calls have sinks.")
+@click.option("--qv", is_flag=True, help="The calls have scored values: absorbed MLA.")
 @click.option("--lse", is_flag=True, help="The calls return the log-sum-exp.")
 @click.option("--max-batch", default=256, show_default=True, help="Largest batch.")
 @click.option(
@@ -42,11 +45,14 @@ from triton_fa.warm import Model, Variant, run_variant, variants
 def command(
     shapes: tuple[Shape, ...],
     dtype: str,
+    kv_dtype: str | None,
+    descales: bool,
     page_size: int,
     causal: bool,
     window: tuple[int, int],
     softcap: float,
     sinks: bool,
+    qv: bool,
     lse: bool,
     max_batch: int,
     max_seqlen_q: tuple[int, ...],
@@ -61,6 +67,11 @@ def command(
     """
     if not runs_triton(device):
         raise click.ClickException(f"warmup needs a GPU that Triton runs on, got {device}")
+    dtypes = DTYPES | FLOAT8
+    todos = {
+        shape: variants(shape.num_heads_q // shape.num_heads_kv, max_batch, max_seqlen_q, qv=qv)
+        for shape in shapes
+    }
     with Progress(
         *Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)
     ) as progress:
@@ -70,7 +81,7 @@ def command(
                 shape.num_heads_kv,
                 shape.head_dim,
                 shape.head_dim_v,
-                DTYPES[dtype],
+                dtypes[dtype],
                 page_size,
                 causal,
                 window,
@@ -79,13 +90,16 @@ def command(
                 lse,
                 max_seqlen_k,
                 str(device),
+                qv,
+                None if kv_dtype is None else dtypes[kv_dtype],
+                descales,
             )
-            todo = variants(shape.num_heads_q // shape.num_heads_kv, max_batch, max_seqlen_q)
+            todo = todos[shape]
             bar = progress.add_task(str(shape), total=len(todo))
             for _ in _compiled(model, todo, processes):
                 progress.advance(bar)
     for shape in shapes:
-        todo = variants(shape.num_heads_q // shape.num_heads_kv, max_batch, max_seqlen_q)
+        todo = todos[shape]
         batches, bounds = (sorted(set(kind)) for kind in zip(*todo, strict=True))
         click.echo(
             f"{shape}: {len(todo)} variants: {len(batches)} batch sizes up to {batches[-1]} "
