@@ -353,6 +353,20 @@ def test_a_stride_by_which_nothing_is_stepped(
     assert odd_one == (["q: strides or address"] if options else [])
 
 
+@pytest.mark.parametrize(
+    ("strides", "taken"),
+    [
+        ((1 << 33, 584, 1 << 30, 1), True),
+        ((1 << 33, 584, 1 << 31, 1), False),  # an offset of a head has 32 bits
+        ((1 << 33, 580, 1 << 30, 1), False),
+        ((1 << 33, 584, 1 << 30, 2), False),
+    ],
+)
+def test_strides_it_takes(strides: tuple[int, ...], taken: bool) -> None:
+    tensor = torch.empty_strided((2, 9, 2, 512), strides, dtype=torch.float16, device="meta")
+    assert latent_plans._in_steps(tensor, False) == taken
+
+
 # ---------------------------------------------------------------- what only a GPU can show
 
 RAGGED = (1, 0, 63, 64, 65, 200, 1000, 4097)

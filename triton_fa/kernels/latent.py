@@ -286,8 +286,9 @@ def producer(given, C: gl.constexpr):
                     page = row.to(gl.int64)
                 inside = inside.to(gl.int64)
                 # Heads in the rows: of a pointer's offset nothing says what it is a multiple of.
+                # In 32 bits, because registers are short; `latent_plans._in_steps` sees to it.
                 v_rows = page * v_strides[0] + inside * v_strides[1]
-                v_rows = gl.multiple_of(v_rows + head.to(gl.int64) * v_strides[2], 8)
+                v_rows = gl.multiple_of(v_rows + head * v_strides[2], 8)
                 for v in gl.static_range(2):
                     mbarrier.wait(v_empty.index(stage * 2 + v), free)
                     ready = v_full.index(stage * 2 + v)
@@ -295,7 +296,7 @@ def producer(given, C: gl.constexpr):
                     copy_rows(smem, ready, v_ptr + v * HALF, v_rows, live, C)
                 if C.HAS_K:
                     k_rows = page * k_strides[0] + inside * k_strides[1]
-                    k_rows = gl.multiple_of(k_rows + head.to(gl.int64) * k_strides[2], 8)
+                    k_rows = gl.multiple_of(k_rows + head * k_strides[2], 8)
                     mbarrier.wait(k_empty.index(stage), free)
                     copy_rows(k_panel.index(stage), k_full.index(stage), k_ptr, k_rows, live, C)
             pages = next_pages

@@ -123,11 +123,15 @@ def refusals(problem: Problem, device: DeviceFacts, most_rows: int) -> list[str]
 
 
 def _in_steps(tensor: torch.Tensor, all_strides: bool) -> bool:
-    """Whether rows begin at multiples of 16 bytes; `all_strides` as in `hopper_plans.py`."""
+    """Whether rows begin at multiples of 16 bytes, those of all heads within 32 bits of elements.
+
+    `all_strides` is as in `hopper_plans.py`.
+    """
     sized = zip(tensor.stride()[:-1], tensor.shape, strict=False)
     used = [s for s, size in sized if all_strides or size > 1]
     in_steps = all(s > 0 and s % 8 == 0 for s in used) and tensor.stride(-1) == 1
-    return in_steps and tensor.data_ptr() % 16 == 0
+    near = (tensor.shape[-2] - 1) * tensor.stride(-2) < 1 << 31
+    return in_steps and near and tensor.data_ptr() % 16 == 0
 
 
 def launch(
