@@ -1,31 +1,26 @@
-"""SGLang's dispatcher with our stand-in below it; the plug-in switches it on only when named.
+"""The plug-in: it registers our backend, and stands in below SGLang's own only when named.
 
-Without SGLang what it reads of `sglang.srt.environ` is imitated, and its own dispatcher is not run.
+Without SGLang what it reads and fills is imitated, and SGLang's own dispatcher is not run.
 """
 
 import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import triton_fa
+from tests.integrations import stub_sglang
+from triton_fa import integrations
 from triton_fa.compat import install
 
 HAS_SGLANG = importlib.util.find_spec("sglang") is not None
 # The dispatcher of 0.5.12 and later, and the one before.
 DISPATCHERS = ("sglang.kernels.ops.attention.flash_attention", "sglang.jit_kernel.flash_attention")
-
-
-def environ(plugins: str | None) -> dict[str, ModuleType]:
-    made = {name: ModuleType(name) for name in ("sglang", "sglang.srt", "sglang.srt.environ")}
-    variable = SimpleNamespace(get=lambda: plugins)
-    made["sglang.srt.environ"].__dict__["envs"] = SimpleNamespace(SGLANG_PLUGINS=variable)
-    return made
 
 
 def held() -> dict[str, ModuleType]:
@@ -41,12 +36,13 @@ def plugin(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         else:
             monkeypatch.setenv("SGLANG_PLUGINS", request.param)
     else:
-        for name, stub in environ(request.param).items():
+        for name, stub in stub_sglang.modules(request.param).items():
             monkeypatch.setitem(sys.modules, name, stub)
     before = held()
     sys.modules.pop("triton_fa.integrations.sglang", None)
     yield importlib.import_module("triton_fa.integrations.sglang")
-    sys.modules.pop("triton_fa.integrations.sglang", None)
+    for name in ("sglang", "sglang_backend"):
+        sys.modules.pop(f"triton_fa.integrations.{name}", None)
     for name in held():
         del sys.modules[name]
     sys.modules.update(before)
@@ -66,6 +62,55 @@ def test_named(plugin: ModuleType) -> None:
     stand_in = importlib.import_module("sgl_kernel.flash_attn")
     assert stand_in.__dict__["__triton_fa__"] == "triton_fa.compat.sgl_kernel"
     assert importlib.import_module("sgl_kernel").merge_state_v2 is not None
+
+
+def registered() -> tuple[list[str], list[str], Any]:
+    """Names on the command line, those of deterministic inference, and what makes our backend."""
+    choices = importlib.import_module("sglang.srt.arg_groups.choices")
+    registry = importlib.import_module("sglang.srt.layers.attention.attention_registry")
+    return (
+        choices.ATTENTION_BACKEND_CHOICES,
+        choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
+        registry.ATTENTION_BACKENDS.get("triton_fa"),
+    )
+
+
+@pytest.mark.parametrize("plugin", [None], indirect=True)
+def test_the_backend_is_registered_once(plugin: ModuleType) -> None:
+    plugin.register()
+    plugin.register()
+    names, deterministic, create = registered()
+    assert (names.count("triton_fa"), deterministic.count("triton_fa")) == (1, 1)
+    assert create is plugin.create_backend
+
+
+@pytest.mark.parametrize("plugin", [None], indirect=True)
+def test_the_backend_is_made_where_it_is_chosen(
+    plugin: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin.register()
+    assert "triton_fa.integrations.sglang_backend" not in sys.modules
+    backend = importlib.import_module("triton_fa.integrations.sglang_backend")
+    monkeypatch.setattr(backend, "TritonFABackend", lambda runner: ("backend of", runner))
+    *_, create = registered()
+    with caplog.at_level("INFO", "triton_fa"):
+        assert create("a runner") == ("backend of", "a runner")
+    assert "SGLang's attention runs on triton_fa" in caplog.text
+
+
+@pytest.mark.skipif(HAS_SGLANG, reason="it has a version of its own")
+@pytest.mark.parametrize("plugin", [None], indirect=True)
+def test_an_sglang_without_the_interface(
+    plugin: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plug-in of older ones is loaded still, for `fa3`; the log says what is missing."""
+    monkeypatch.setattr(integrations, "_version", lambda _: "0.5.22")
+    with caplog.at_level("INFO", "triton_fa"):
+        plugin.register()
+    names, deterministic, create = registered()
+    assert ("triton_fa" in names, "triton_fa" in deterministic, create) == (False, False, None)
+    message = "no attention backend triton_fa: sglang: expected >=0.5.23,<0.6, found 0.5.22"
+    assert message in caplog.text
 
 
 @pytest.fixture

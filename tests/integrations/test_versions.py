@@ -32,6 +32,18 @@ def test_the_module_says_so(name: str, which: int | None, monkeypatch: pytest.Mo
     assert isinstance(error.value, ImportError)
 
 
+def test_the_backend_of_sglang_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interface is younger than the calls that the plug-in stands in for."""
+    monkeypatch.setattr(integrations, "_version", lambda _: "0.5.22")
+    plugin = ModuleType("triton_fa.integrations.sglang")
+    plugin.__dict__.update(BACKEND_VERSIONS=">=0.5.23,<0.6", NAME="triton_fa")
+    monkeypatch.setitem(sys.modules, plugin.__name__, plugin)
+    monkeypatch.delitem(sys.modules, "triton_fa.integrations.sglang_backend", raising=False)
+    with pytest.raises(FrameworkVersionError) as error:
+        importlib.import_module("triton_fa.integrations.sglang_backend")
+    assert str(error.value) == "sglang: expected >=0.5.23,<0.6, found 0.5.22"
+
+
 def test_pytorch_without_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its operators need no such PyTorch, so the module loads and `register` refuses."""
     monkeypatch.setattr(integrations, "_version", lambda _: "2.11.0+cu130")
