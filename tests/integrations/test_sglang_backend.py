@@ -412,6 +412,51 @@ def test_prefill_decode_and_verification(
     engine.step("DECODE", {1: 1, 2: 1, 3: 1})
 
 
+def test_the_hybrid_pool_of_sglang(module: ModuleType, settings: Any) -> None:
+    """SGLang's own pool, and what it translates slots with."""
+    if not hasattr(module.KVWriteLoc, "for_batch"):
+        pytest.skip("SGLang is not installed")
+    pools = importlib.import_module("sglang.srt.mem_cache.swa_memory_pool")
+    translators = importlib.import_module("sglang.srt.mem_cache.kv_index_translator")
+    engine = Engine(module, [layer(0), layer(1, 5), layer(2, 5)], hybrid=True)
+    slots = engine.pool.to_window.shape[0]
+    pool = pools.SWAKVPool(
+        size=slots - engine.page_size,
+        size_swa=slots - engine.page_size,
+        page_size=engine.page_size,
+        dtype=DTYPE,
+        head_num=HEADS_KV,
+        head_dim=HEAD_DIM,
+        swa_attention_layer_ids=[1, 2],
+        full_attention_layer_ids=[0],
+        device=DEVICE,
+        enable_alt_stream=False,
+    )
+    pool.register_mapping(torch.cat([engine.pool.to_window, ints([-1])]))
+    translator = translators.KVIndexTranslator(
+        req_to_token=engine.req_to_token,
+        token_to_kv_pool_allocator=SimpleNamespace(),
+        token_to_kv_pool=pool,
+        page_size=engine.page_size,
+        device=DEVICE,
+    )
+    engine.runner.token_to_kv_pool = pool
+    engine.runner.kv_index_translator = translator
+    engine.backend = module.TritonFABackend(engine.runner)
+    describe = engine.batch
+
+    def bound(name: str, new: dict[int, int]) -> Any:
+        batch = describe(name, new)
+        translator.own_plan(batch).bind(batch, translator)
+        return batch
+
+    engine.batch = bound  # type: ignore[method-assign]
+    engine.step("EXTEND", {1: 5, 3: 9})
+    engine.step("EXTEND", {1: 4})
+    engine.step("DECODE", {3: 1, 1: 1})
+    engine.step("TARGET_VERIFY", {1: 3, 3: 3})
+
+
 def test_lengths_known_on_the_device_only(module: ModuleType, settings: Any) -> None:
     """With SGLang's overlapping scheduler the host may have no copy."""
     engine = Engine(module, [layer(0)])
