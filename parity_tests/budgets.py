@@ -45,7 +45,7 @@ LUCKY_ROWS = 16
 # exp2: below 2**-20 relative to the weights. It is part of the mean, and of the maximum over few
 # rows: over many of them the baseline has rounded badly somewhere too.
 FLOAT32_EXP2 = 2.0**-20
-# float32 with qv only: a score is a sum of n = 576 products or so, and each addition rounds the sum
+# float32 with over 128 products a score: it is a sum of n of them; each addition rounds the sum
 # so far by 2**-24 / 3**0.5 (rms) of itself. For products of size 1 and random sign that makes
 # 2**-24 * n / 6**0.5 in the sum, times the scale in the exponent; the largest over some thousands
 # of scores is four times as much, relative to the weights. One thread adds all n in a GPU's
@@ -131,8 +131,10 @@ def _floors(case: Case, ref: Tensor) -> tuple[float, float]:
     if dtype == torch.float32:
         mean_floor += FLOAT32_EXP2 * ref.abs().mean().item()
         max_floor += FLOAT32_EXP2 * ref.abs().max().item() * luck
+        scored = case.head_dim
         if case.qv:
             scored = case.head_dim_v + (0 if case.only_qv else case.head_dim)
+        if scored > 128:
             scale = scored**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
             max_floor += FLOAT32_LONG_SUM * scored * scale * ref.abs().max().item()
     return max_floor, mean_floor

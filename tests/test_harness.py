@@ -497,6 +497,21 @@ def test_what_is_wrong_with_a_cache_is_a_failure(case: Case, name: str) -> None:
     assert says in "; ".join(outcome.reasons)
 
 
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+def test_tf32_is_no_float32_however_long_the_sums(head_dim: int) -> None:
+    """Products of 11 bits in scores fail, whatever long sums of float32 may be off."""
+    case = CASE.with_changes(dtype="float32", head_dim=head_dim, head_dim_v=head_dim)
+
+    def call(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+        q = arguments["q"]
+        cut = (q.view(torch.int32) + (1 << 12) & -(1 << 13)).view(torch.float32)
+        return exact(case, arguments | {"q": cut})
+
+    assert judged(case).verdict == AGREES
+    prepared = Prepared.of(case, "cpu")
+    assert run_backend(prepared, "triton", call).verdict == FAILED
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_a_rotated_key_may_be_off_by_one_unit(dtype: str) -> None:
     def one(arguments: dict[str, Any], found: list[tuple[int, int]]) -> None:
