@@ -201,30 +201,6 @@ DIFFERENCES = (
         kind=INCOMPARABLE,
     ),
     Difference(
-        id="fa3-splits-beside-unused-rows",
-        reason="partial results of a split sequence are merged by cu_seqlens_q: rows that seqused_q"
-        " leaves out are written, and others left as they were",
-        where="sglang-kernel 0.4.2 on an H200: num_splits 0 or 3, never 1",
-        applies=lambda case, ver: (
-            ver == FA3 and case.q_layout == "packed" and case.pad_q > 0 and case.num_splits != 1
-        ),
-        case=Case(
-            entry="varlen",
-            q_layout="packed",
-            kv_layout="packed",
-            page_size=0,
-            heads_q=4,
-            heads_kv=2,
-            head_dim=64,
-            head_dim_v=64,
-            pad_q=3,
-            num_splits=3,
-            seqlens_q=(17, 107, 1, 129),
-            seqlens_k=(4138, 31, 2641, 740),
-        ),
-        kind=INCOMPARABLE,
-    ),
-    Difference(
         id="fa3-appends-head-dim-72-to-single-slots",
         reason="new keys go one slot too far in a cache with pages of one key",
         where="sglang-kernel 0.4.2 on an H200: head_dim 72, page_size 1",

@@ -149,16 +149,21 @@ def latent(
 ) -> Callable[[], object]:
     """Absorbed MLA: one kv head, values of 512 that are scored, keys of 64 beside them.
 
-    `row` is how many elements one row of the cache lies behind the one before.
+    `row` is how many elements one row of the cache lies behind the one before; those of queries
+    are as much longer than their heads.
     """
 
     def call() -> object:
         cache = torch.zeros(8, page_size, 1, row, dtype=torch.bfloat16)
+        q, qv = (
+            torch.zeros(BATCH, 1, heads, dim + row - 576, dtype=torch.bfloat16)[..., :dim]
+            for dim in (64, 512)
+        )
         return triton_fa.flash_attn_with_kvcache(
-            torch.zeros(BATCH, 1, heads, 64, dtype=torch.bfloat16),
+            q,
             cache[..., 512:576],
             cache[..., :512],
-            qv=torch.zeros(BATCH, 1, heads, 512, dtype=torch.bfloat16),
+            qv=qv,
             cache_seqlens=ints(BATCH),
             page_table=ints(BATCH, 64),
             **{"causal": True, "ver": "triton"} | options,

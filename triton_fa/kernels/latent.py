@@ -313,7 +313,6 @@ def copy_queries(smem, base, rows, has_row):
     """A panel of query rows, zeros where there are none."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     column = gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    rows = gl.multiple_of(rows, 8)
     async_load(smem, base + rows[:, None] + column[None, :], mask=has_row[:, None])
 
 
@@ -329,11 +328,14 @@ def load_queries(panels, sources, start, first_q, seqlen_q, C: gl.constexpr):
     token = (first_q + rows // C.GROUP).to(gl.int64)
     heads = start[0] // C.ROW_BLOCKS * C.GROUP + rows % C.GROUP
     seq_idx = start[1].to(gl.int64)
+    # Said of sums: of a function's argument it would be forgotten.
     at = seq_idx * qv_strides[0] + token * qv_strides[1] + heads.to(gl.int64) * qv_strides[2]
+    at = gl.multiple_of(at, 8)
     for v in gl.static_range(2):
         copy_queries(qv_panels[v], qv_ptr + v * HALF, at, has_row)
     if C.HAS_K:
         at = seq_idx * q_strides[0] + token * q_strides[1] + heads.to(gl.int64) * q_strides[2]
+        at = gl.multiple_of(at, 8)
         copy_queries(q_panel, q_ptr, at, has_row)
     async_copy.commit_group()
     async_copy.wait_group(0)
