@@ -201,25 +201,6 @@ DIFFERENCES = (
         kind=INCOMPARABLE,
     ),
     Difference(
-        id="fa3-appends-head-dim-72-to-single-slots",
-        reason="new keys go one slot too far in a cache with pages of one key",
-        where="sglang-kernel 0.4.2 on an H200: head_dim 72, page_size 1",
-        applies=lambda case, ver: (
-            ver == FA3 and bool(case.append) and case.page_size == 1 and case.head_dim % 16 == 8
-        ),
-        case=Case(
-            page_size=1,
-            head_dim=72,
-            head_dim_v=72,
-            append="packed",
-            q_layout="packed",
-            seqlens_q=(5, 1),
-            seqlens_k=(17, 32),
-            seqlens_new=(5, 1),
-        ),
-        kind=INCOMPARABLE,
-    ),
-    Difference(
         id="fa3-window-and-chunk",
         reason="with a left window shorter than the attention chunk, rows see the keys of the"
         " chunk before that the window reaches",

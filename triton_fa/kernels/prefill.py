@@ -597,13 +597,13 @@ def prefill_kernel(
         seq_idx = (pid // NUM_HEADS_KV) % batch
         from_last = pid // (NUM_HEADS_KV * batch)
     first_q, seqlen_q = query_span(seq_idx, seq_idx < batch, lengths)
-    num_rows = seqlen_q * GROUP
+    query_rows = seqlen_q * GROUP
     # The last rows see the most keys under a causal mask: they go first.
     if PLANNED:
-        row_tile = (num_rows + BLOCK_M - 1) // BLOCK_M - 1 - from_last
+        row_tile = (query_rows + BLOCK_M - 1) // BLOCK_M - 1 - from_last
     else:
         row_tile = num_row_tiles - 1 - from_last
-    if (row_tile >= 0) & (row_tile * BLOCK_M < num_rows) & (num_rows > DECODE_ROWS):
+    if (row_tile >= 0) & (row_tile * BLOCK_M < query_rows) & (query_rows > DECODE_ROWS):
         first_k, seqlen_k = key_span(seq_idx, seq_idx < batch, lengths)
         offset = seqlen_k - seqlen_q
         padding = left_padding(seq_idx, seq_idx < batch, seqlen_k, lengths)
@@ -636,7 +636,7 @@ def prefill_kernel(
             q_stride_h,
         )
         rows0 = first_row + tl.arange(0, BLOCK_H)
-        q0 = load_rows(q_base, rows0, num_rows, GROUP, HEAD_DIM, BLOCK_D)
+        q0 = load_rows(q_base, rows0, query_rows, GROUP, HEAD_DIM, BLOCK_D)
         q0 = from_fp8(q0, Q_FORMAT, "bits")
         if NEGATE:
             q0 = -q0
@@ -664,7 +664,7 @@ def prefill_kernel(
             row_scales = (scale0, None)
         if HALVES == 2:
             rows1 = first_row + BLOCK_H + tl.arange(0, BLOCK_H)
-            q1 = load_rows(q_base, rows1, num_rows, GROUP, HEAD_DIM, BLOCK_D)
+            q1 = load_rows(q_base, rows1, query_rows, GROUP, HEAD_DIM, BLOCK_D)
             q1 = from_fp8(q1, Q_FORMAT, "bits")
             if NEGATE:
                 q1 = -q1
@@ -832,7 +832,7 @@ def prefill_kernel(
             lse_base,
             sinks,
             rows0,
-            num_rows,
+            query_rows,
             state[0],
             state[1],
             state[2] if v_descale_ptr is None else state[2] * v_factor,
@@ -847,7 +847,7 @@ def prefill_kernel(
                 lse_base,
                 sinks,
                 rows1,
-                num_rows,
+                query_rows,
                 state[3],
                 state[4],
                 state[5] if v_descale_ptr is None else state[5] * v_factor,
