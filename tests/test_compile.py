@@ -3,6 +3,7 @@
 This is the part of ``python -m tests.portability`` that every change runs: fewer chips and cases.
 """
 
+import ast
 import dataclasses
 import json
 import re
@@ -34,6 +35,7 @@ from tests.portability.targets import TARGETS
 
 pytest.importorskip("triton")
 
+KERNELS = Path(__file__).parents[1] / "triton_fa" / "kernels"
 CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 # Shared memory and registers are shortest here, so the large cases are compiled here only.
 TIGHT = ("sm_120", "gfx942")
@@ -250,3 +252,30 @@ def test_a_part_of_the_matrix_can_be_asked_for() -> None:
     assert options.cases == ["prefill-96-long", "prefill-96-short"]
     with pytest.raises(SystemExit):
         portability.parse(["--target", "sm_75"])
+
+
+def shadowed(source: str) -> list[str]:
+    """Parameters of kernels that a statement gives another value without reading them."""
+    found = []
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef) and function.name.endswith("_kernel"):
+            names = {argument.arg for argument in function.args.args}
+            for statement in ast.walk(function):
+                if isinstance(statement, ast.Assign | ast.For):
+                    part = statement.target if isinstance(statement, ast.For) else statement
+                    used = [n for n in ast.walk(part) if isinstance(n, ast.Name) and n.id in names]
+                    written = {n.id for n in used if isinstance(n.ctx, ast.Store)}
+                    read = {n.id for n in used if isinstance(n.ctx, ast.Load)}
+                    found += [f"{function.name}: {name}" for name in sorted(written - read)]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.name)
+def test_no_kernel_takes_the_name_of_a_parameter(path: Path) -> None:
+    """One did: rows of the query under the name of the cache's, which were then clamped by them."""
+    assert shadowed(path.read_text()) == []
+
+
+def test_a_name_that_is_taken_is_seen() -> None:
+    kernel = "def some_kernel(size, rows):\n    size = size + 1\n    rows, other = 2 * size, 3\n"
+    assert shadowed(kernel) == ["some_kernel: rows"]
