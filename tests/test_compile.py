@@ -40,7 +40,7 @@ CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 # Shared memory and registers are shortest here, so the large cases are compiled here only.
 TIGHT = ("sm_120", "gfx942")
 # The cases that decide the speed of decode. Others may spill: see the table that is printed.
-UNSPILLED = ("decode-128", "decode-128-pieces", "decode-96-two-panels")
+UNSPILLED = ("decode-128", "decode-128-pieces", "decode-96-two-panels", "decode-float8-80")
 
 
 def expected_kernels(name: str) -> set[str]:

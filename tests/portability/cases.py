@@ -230,6 +230,7 @@ CORE = {
     "mixed-float32": mixed(dim=64, dtype=F32),
     "append-rotary": append(rotary_dim=128),
     "decode-float8": float8(torch.float8_e4m3fn),
+    "decode-float8-80": float8(torch.float8_e4m3fn, dim=80),
     "decode-latent": latent(16),
     "merge-splits": merge_splits(),
     "merge-pair": merge_pair(),

@@ -239,6 +239,7 @@ def decode_kernel(
     KEY_FORMAT: tl.constexpr,
     FP8_HARDWARE: tl.constexpr,
     HOLDS_Q: tl.constexpr,
+    BY_16_BYTES: tl.constexpr,
     IEEE: tl.constexpr,
     PDL: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -481,6 +482,11 @@ def decode_kernel(
                 v_rows = k_rows
             else:
                 v_rows = page.to(tl.int64) * v_stride_b + slot_in_page * v_stride_t
+            if BY_16_BYTES:
+                k_base = tl.multiple_of(k_base, 16)
+                k_rows = tl.multiple_of(k_rows, [8])
+                v_base = tl.multiple_of(v_base, 16)
+                v_rows = tl.multiple_of(v_rows, [8])
             raw = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if HOLDS_Q:
                 if (step == 0) | (tile == 0):

@@ -506,7 +506,7 @@ def _decode(
     size = spec.kv_dtype.itemsize
     d0, d1 = decode_panels(spec.head_dim, rows, size)
     v0, v1 = decode_panels(spec.head_dim_v, rows, size)
-    paired = size == 1 and _in_pairs(problem.tensors)
+    paired = size == 1 and _in_steps(problem.tensors, 2)
     if paired:
         strides = [f"{name}_stride_{axis}" for name in "kv" for axis in "bth"]
         common = common | {name: common[name] // 2 for name in strides}
@@ -551,6 +551,8 @@ def _decode(
                 LAZY_MASK=rows > 16 or spec.kv_dtype in FP8_FORMATS,
                 # Queries converted once a sequence. Triton 3.6 does not compile that for AMD chips.
                 HOLDS_Q=size == 1 and problem.tensors.qv is None and device.kind != "hip",
+                # Half such a stride may be no multiple of 16, which is all that Triton looks at.
+                BY_16_BYTES=paired and _in_steps(problem.tensors, 16),
             ),
             _decode_options(tile, device),
             in_pairs=paired,
@@ -832,10 +834,10 @@ def append(problem: Problem, new: Append) -> PlannedLaunch:
     return PlannedLaunch(append_kernel, (programs, 1, 1), values, {"num_warps": 4})
 
 
-def _in_pairs(tensors: Tensors) -> bool:
-    """Whether every two float8 numbers of a row lie at an even address."""
+def _in_steps(tensors: Tensors, size: int) -> bool:
+    """Whether every row of float8 keys and values begins at a multiple of so many bytes."""
     return not any(
-        tensor.data_ptr() % 2 or any(s % 2 for s in tensor.stride()[:-1])
+        tensor.data_ptr() % size or any(s % size for s in tensor.stride()[:-1])
         for tensor in (tensors.k, tensors.v)
     )
 
