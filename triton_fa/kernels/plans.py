@@ -58,8 +58,8 @@ LIST_ARGUMENTS = (
     "SPARSE_M",
     "SPARSE_N",
 )
-MERGED_COLUMNS = 256
-"""The most columns of a program of the merge: of wide results several programs have some each."""
+MERGED_COLUMNS = 128
+"""Columns of a program of the merge where results are wider than 256."""
 MANY_SEQUENCES = 256
 """Batches above this are looked through by four warps."""
 PLAN_BELOW = 0.8
@@ -564,7 +564,9 @@ def _decode(
     if most_pieces == 1:
         return (attend,), 0
     pieces = most_pieces if most_pieces and one_by_one else programs // lanes // bounds.batch + 2
-    block_v = min(MERGED_COLUMNS, next_power_of_2(v0 + v1))
+    block_v = next_power_of_2(v0 + v1)
+    if block_v > 256:
+        block_v = MERGED_COLUMNS
     block_p, block_r, warps = _merge_shape(pieces, rows, block_v, 0 if one_by_one else bounds.batch)
     if most_pieces and not one_by_one:
         # One piece after the other, of few rows each.
