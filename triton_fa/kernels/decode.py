@@ -580,10 +580,10 @@ def decode_kernel(
                 )
             if SCORE_MOD is not None:
                 raw = scored_by(SCORE_MOD, raw, scale, cells)
-            if MASK_MOD is not None:
-                raw = masked_by(MASK_MOD, raw, cells)
             if HAS_SOFTCAP:
                 raw = softcapped(raw, scale, softcap_log2, IEEE)
+            if MASK_MOD is not None:
+                raw = masked_by(MASK_MOD, raw, cells)
             if ONE_TOKEN:
                 raw = tl.where((tokens < end)[None, :], raw, NEG_INF)
             elif LAZY_MASK and not HAS_LEFT and not ATTENTION_CHUNKED:
