@@ -159,9 +159,9 @@ PRIMITIVES = (
     ),
     Mutant(
         "score-mod-base-e",
-        "primitives.py",
-        "return score * LOG2E",
-        "return score",
+        "prefill.py",
+        "raw = scored_by(SCORE_MOD, raw, scale_log2, cells) * LOG2E",
+        "raw = scored_by(SCORE_MOD, raw, scale_log2, cells)",
         "scores of a score_mod are taken for base 2",
         ("tests/test_mods.py::test_a_softcap_as_a_function",),
         blind=True,

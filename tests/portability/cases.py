@@ -328,6 +328,11 @@ HOPPER |= {
     "hopper-192": prefill(LONG, dim=192),
     "hopper-256": prefill(LONG, dim=256),
     "hopper-256-full": prefill(LONG, dim=256, causal=False),
+    "hopper-128-blocks": prefill(
+        LONG, mask_mod=causal_mask, block_sparse_tensors=key_blocks(LONG), causal=False
+    ),
+    "hopper-128-mask": prefill(LONG, mask_mod=causal_mask, causal=False),
+    "hopper-128-modified": prefill(LONG, score_mod=distance),
     "hopper-128-full": prefill(LONG, causal=False),
     "hopper-128-float16": prefill(LONG, dtype=F16),
     "hopper-128-page-16": mixed(most=LONG),

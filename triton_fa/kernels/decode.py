@@ -579,7 +579,7 @@ def decode_kernel(
                     aux_ptr,
                 )
             if SCORE_MOD is not None:
-                raw = scored_by(SCORE_MOD, raw, scale, cells)
+                raw = scored_by(SCORE_MOD, raw, scale, cells) * LOG2E
             if HAS_SOFTCAP:
                 raw = softcapped(raw, scale, softcap_log2, IEEE)
             if MASK_MOD is not None:
