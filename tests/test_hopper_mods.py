@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +18,9 @@ import triton
 import triton.language as tl
 
 import triton_fa
-from tests.test_hopper import launched, served
+from tests.portability.compiler import planning_for
+from tests.portability.targets import TARGETS
+from tests.test_hopper import H200, launched, served
 from tests.test_mods import (
     alibi,
     amid,
@@ -26,7 +33,9 @@ from tests.test_mods import (
     lists,
     nothing,
 )
-from triton_fa.kernels import hopper_plans
+from triton_fa.device import DeviceFacts
+from triton_fa.kernels import hopper_plans, plans
+from triton_fa.problem import Problem
 
 pytestmark = pytest.mark.skipif(
     isinstance(hopper_plans.kernel_module(), str), reason="this Triton's Gluon has other names"
@@ -309,6 +318,21 @@ def test_full_blocks_are_not_masked_again(length: int, on_hopper: None, device: 
         close(found, batch.expected())
 
 
+def test_a_full_block_on_the_end_is_not_masked(on_hopper: None, device: str) -> None:
+    """Beside a block of which nothing is seen."""
+    batch = Batch((128,), (300,), device)
+    listed = full_lists(128, 300, (128, 128))
+    first, rest = (torch.tensor([entries], device=device).int() for entries in ([0], [1, 2]))
+    listed = listed._replace(
+        mask_block_cnt=first.view(1, 1, 1) + 1,
+        mask_block_idx=first.view(1, 1, 1, 1),
+        full_block_cnt=first.view(1, 1, 1) + 2,
+        full_block_idx=rest.view(1, 1, 1, 2),
+    )
+    found = batch.call(mask_mod=nothing, block_sparse_tensors=listed)
+    close(found, batch.expected(lambda i, p, key: key >= 128 + 0 * p))
+
+
 @pytest.mark.parametrize("kind", ["full", "masked", "both"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_list_serves_sequences_of_other_lengths(
@@ -399,3 +423,117 @@ def test_float8(dim: int, on_hopper: None, device: str) -> None:
         torch.testing.assert_close(out, wanted[0], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(lse, wanted[1], atol=1e-3, rtol=1e-3)
     assert (wanted[0].cpu().double() - exact[0]).norm() < 0.2 * exact[0].norm()
+
+
+# ---------------------------------------------------------------- which kernel takes them
+
+
+@pytest.mark.parametrize(
+    ("dim", "size", "reason"),
+    [
+        (128, (128, 128), None),
+        (128, (64, 128), "head dims 128, 128 with lists of blocks of (64, 128)"),
+        (128, (128, 192), "head dims 128, 128 with lists of blocks of (128, 192)"),
+        (64, (192, 128), None),
+        (64, (128, 128), None),
+        (64, (64, 64), "head dims 64, 64 with lists of blocks of (64, 64)"),
+        (256, (128, 64), None),
+    ],
+)
+def test_blocks_that_hold_tiles(
+    dim: int, size: tuple[int, int], reason: str | None, fresh: pytest.MonkeyPatch, device: str
+) -> None:
+    """Others are left to the portable kernel, and the debug log says why."""
+    made: list[Problem] = []
+
+    def spy(problem: Problem, facts: DeviceFacts) -> plans.Plan:
+        made.append(problem)
+        raise InterruptedError
+
+    fresh.setattr(plans, "plan", spy)
+    batch = Batch((100,), (100,), device, dim=dim)
+    with pytest.raises(InterruptedError):
+        batch.call(mask_mod=causal_mask, block_sparse_tensors=causal_lists(100, 100, size))
+    fresh.setattr(hopper_plans, "unavailable", lambda device: None)
+    fresh.setattr(hopper_plans, "fault_of", lambda *given: "")
+    found = hopper_plans.refusals(made[0], H200)
+    assert found == ([] if reason is None else [reason])
+    tile = hopper_plans.tile_of(made[0])
+    assert (tile is None) is (reason is not None)
+    assert tile is None or size[0] % tile.block_m == size[1] % tile.block_n == 0
+
+
+@pytest.mark.parametrize(("fault", "kernel"), [("", "hopper_kernel"), ("no", "prefill_kernel")])
+def test_functions_that_the_kernel_cannot_hold(
+    fault: str, kernel: str, fresh: pytest.MonkeyPatch, device: str
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def fault_of(*given: Any) -> str:
+        seen.append(given)
+        return fault
+
+    with planning_for(TARGETS["sm_90"]) as steps:
+        fresh.setattr(hopper_plans, "unavailable", lambda device: None)
+        fresh.setattr(hopper_plans, "fault_of", fault_of)
+        batch = Batch((200,), (200,), "cpu")
+        batch.call(score_mod=alibi, aux_tensors=[torch.ones(2)], mask_mod=causal_mask)
+    assert kernel in [step.kernel.__name__ for step in steps]
+    assert seen == [(alibi, causal_mask, (torch.float32,), False)]
+
+
+@triton.jit
+def counted(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """Says for itself how many numbers there are."""
+    return kv_idx > tl.arange(0, 128)[None, :]
+
+
+@triton.jit
+def in_columns(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """Sums over queries, which several warps have."""
+    return score - tl.sum(score, 0)[None, :]
+
+
+@triton.jit
+def elementwise(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    bias = tl.load(aux[0] + tl.minimum(kv_idx, 7), mask=kv_idx >= 0, other=0).to(tl.float32)
+    return tl.where(q_idx % 2 == 0, tl.sigmoid(score), tl.exp(score) * tl.cdiv(q_idx, 3)) + bias
+
+
+FAULTS = {
+    "causal_mask": "",
+    "elementwise": "",
+    "first_keys": "",
+    "counted": "counted: TypeError: ",
+    "in_columns": "in_columns: scores of several warps depend on each other",
+}
+
+
+def test_what_can_be_part_of_the_kernel() -> None:
+    """From a process without the interpreter: there functions are compiled."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_hopper_mods"],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for name, fault in FAULTS.items():
+        assert (fault in found[name]) if fault else not found[name], (name, found[name])
+    warnings = [line for line in done.stderr.splitlines() if "prefill does not run on" in line]
+    assert len(warnings) == sum(map(bool, FAULTS.values()))  # though each was asked for twice
+
+
+if __name__ == "__main__":
+    kinds = (torch.int64,)
+    asked = {}
+    for each in (*FAULTS, *FAULTS):
+        mod = globals()[each]
+        is_mask = mod.arg_names[0] == "batch"
+        pair = (None, mod) if is_mask else (mod, None)
+        asked[each] = hopper_plans.fault_of(*pair, kinds, False)
+    sys.stdout.write(json.dumps(asked))

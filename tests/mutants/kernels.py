@@ -953,6 +953,56 @@ HOPPER = (
         ("tests/test_hopper.py::test_features[window]",),
         blind=True,
     ),
+    Mutant(
+        "hopper-function-unseen",
+        "hopper.py",
+        "MASKED or SCORE_MOD is not None or MASK_MOD is not None",
+        "MASKED",
+        "rows that a mask_mod shows no key of a tile become NaN",
+        ("tests/test_hopper_mods.py::test_causal_as_a_function[packed]",),
+    ),
+    Mutant(
+        "hopper-function-base-e",
+        "hopper.py",
+        "        return LOG2E\n",
+        "        return 1.0\n",
+        "scores of a score_mod are taken for base 2",
+        ("tests/test_hopper_mods.py::test_a_softcap_as_a_function",),
+    ),
+    Mutant(
+        "hopper-list-full-end",
+        "hopper.py",
+        "is_full = step >= masked",
+        "is_full = step < 0",
+        "a full block on the sequence's end is masked",
+        ("tests/test_hopper_mods.py::test_a_full_block_on_the_end_is_not_masked",),
+    ),
+    Mutant(
+        "hopper-list-rounds",
+        "hopper.py",
+        "block * C.SPARSE_N + tile % ROUNDS * C.BLOCK_N",
+        "block * C.SPARSE_N",
+        "all tiles of a listed block are its first",
+        ("tests/test_hopper_mods.py::test_listed_blocks[packed-size2]",),
+    ),
+    Mutant(
+        "hopper-list-beyond",
+        "hopper.py",
+        "is_there = (block >= 0) & (block < (seqlen_k + C.SPARSE_N - 1) // C.SPARSE_N)",
+        "is_there = block >= 0",
+        "blocks behind a sequence's last key are taken for its last",
+        (
+            "tests/test_hopper_mods.py::test_one_list_serves_sequences_of_other_lengths[packed-full]",
+        ),
+    ),
+    Mutant(
+        "hopper-list-of-first",
+        "hopper.py",
+        "gl.minimum(token, max_seqlen_q - 1) // C.SPARSE_M",
+        "0",
+        "all tiles have the lists of the first",
+        ("tests/test_hopper_mods.py::test_no_block_at_all",),
+    ),
 )
 
 TRANSPOSE = (
