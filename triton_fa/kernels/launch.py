@@ -178,7 +178,7 @@ def cross_compile(
         options: num_warps, num_stages, launch_pdl.
         target: The chip, e.g. `GPUTarget("cuda", 90, 32)`.
     """
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     given = dict(zip(kernel.arg_names, pointers, strict=False)) | dict(values)
@@ -190,6 +190,9 @@ def cross_compile(
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + _TYPES[value.dtype]
             attributes[(param.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[param.name] = tuple("*" + _TYPES[tensor.dtype] for tensor in value)
+            attributes |= {(param.num, i): [["tt.divisibility", 16]] for i in range(len(value))}
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         elif isinstance(value, int) and value == 1 and not param.do_not_specialize:

@@ -724,6 +724,7 @@ def _prefill(
             device,
             on_hopper,
             common,
+            lists,
             entries=tiles,
             counter_offset=partial_floats,
             segment=metadata_entries(bounds.batch) // 4,
