@@ -181,19 +181,28 @@ def test_tensor_maps_are_those_of_the_address_and_are_kept_while_they_are_read(
     driver: Driver,
 ) -> None:
     """What holds a map may have no other owner than the call."""
-    driver.sizes = [128, 8]
-    made: list[int] = []
+    driver.sizes = [128, 128, 8]
+    memory: list[Any] = []
+
+    class Holder:
+        def __init__(self, address: int) -> None:
+            self.map = ctypes.create_string_buffer(word(address) * 16, 128)
+            memory.append(self.map)
+
+        def __del__(self) -> None:
+            ctypes.memset(self.map, 0, 128)
 
     def map_of(address: int) -> tuple[int, Any]:
-        holder = ctypes.create_string_buffer(word(address) * 16, 128)
-        made.append(address)
-        return ctypes.addressof(holder), holder
+        holder = Holder(address)
+        return ctypes.addressof(holder.map), holder
 
-    send = submission([step(TensorMap("k", map_of), "q")], ("q", "k"), DEVICE)
-    for addresses in ([1, 2], [1, 3]):
+    step_ = step(TensorMap("k", map_of), TensorMap("v", map_of), "q")
+    send = submission([step_], ("q", "k", "v"), DEVICE)
+    for addresses in ([1, 2, 3], [1, 4, 5]):
         send(addresses)
-        assert driver.launched[-1]["values"] == [word(addresses[1]) * 16, word(1)]
-    assert made == [2, 3]
+        q, k, v = map(word, addresses)
+        assert driver.launched[-1]["values"] == [k * 16, v * 16, q]
+    assert [bytes(each) for each in memory] == [bytes(128)] * 4  # and no longer
 
 
 def test_a_call_within_a_call_has_a_block_of_its_own(driver: Driver) -> None:
