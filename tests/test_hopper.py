@@ -9,9 +9,11 @@ import functools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -42,7 +44,7 @@ from tests.portability.targets import TARGETS
 from triton_fa import api
 from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
-from triton_fa.kernels import hopper_plans, plans, primitives
+from triton_fa.kernels import hopper_plans, plans, primitives, submit
 from triton_fa.kernels.compat import TRITON_VERSION
 from triton_fa.kernels.transpose import transpose_kernel
 from triton_fa.problem import Problem
@@ -634,33 +636,46 @@ def test_it_is_chosen_on_versions_it_was_run_on(fresh: pytest.MonkeyPatch) -> No
     assert hopper_plans.unavailable(H200) == "ImportError: no such name"
 
 
-def test_addresses_become_descriptors_once() -> None:
-    """Triton 3.6's launcher takes a tensor map, sizes and strides in place of a descriptor."""
+def test_addresses_become_tensor_maps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 passes a tensor map, sizes and strides in place of a descriptor."""
     view = hopper_plans.View(0, (1, 2, 3, 4, 5), (50, 40, 30, 20, 1), (1, 1, 1, 8, 64), torch.half)
     views = [view, None, dataclasses.replace(view, tensor=2)]
     kernel = hopper_plans.Described(hopper.hopper_kernel, (*hopper_plans.TENSORS, "v_ptr"), views)
-    launched, made = [], []
+    made = []
 
     def expand(descriptor: Any, meta: str) -> list[Any]:
         made.append((descriptor.base.data_ptr(), meta))
-        return [f"map {made[-1]}", *descriptor.shape, *descriptor.strides]
+        assert (descriptor.shape, descriptor.strides) == (view.shape, view.strides)
+        return [holders[len(made) - 1], *descriptor.shape, *descriptor.strides]
 
-    names: dict[str, Any] = {"_BASE_ARGS_FORMAT_LEN": 13, "make_tensordesc_arg": expand}
-    source = """
-def wrap(launcher):
-    def inner(*given):
-        return launcher(make_tensordesc_arg, _BASE_ARGS_FORMAT_LEN)
-    return inner
-"""
-    exec(source, names)  # as in triton/backends/nvidia/driver.py
-    launch = kernel._launcher(names["wrap"](lambda *given: launched.append(given)), "ab")
-    base = tuple(f"base {i}" for i in range(13))
-    for q in (160, 160, 320):
-        launch(*base, 16, q, 32, 48, "rest", 7)
-    numbers = (1, 2, 3, 4, 5, 50, 40, 30, 20, 1)
-    first, second = "map (16, 'a')", "map (32, 'b')"
-    assert launched == [(*base, first, *numbers, None, second, *numbers, "rest", 7)] * 3
-    assert made == [(16, "a"), (32, "b")]
+    holders = [object() for _ in range(3)]
+    like_tritons = types.SimpleNamespace(__basicsize__=256)  # the map is in its last bytes
+    nvidia = types.SimpleNamespace(make_tensordesc_arg=expand)
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.driver", nvidia)
+    types_of = ("tensordesc<fp16>", "constexpr", "tensordesc<fp16>", "*fp32", "constexpr", "i32")
+    given = ("out_ptr", "q_ptr", "k_ptr", "v_ptr", "lse_ptr", None, 7)
+    passed = kernel.described_parameters(types_of, given, "ab")
+    assert passed is not None
+    numbers = [struct.pack("<i", n) for n in view.shape] + [
+        struct.pack("<q", n) for n in view.strides
+    ]
+    first, second = passed[0], passed[11]
+    assert isinstance(first, submit.TensorMap)
+    assert isinstance(second, submit.TensorMap)
+    want = [first, *numbers, second, *numbers, "lse_ptr", struct.pack("<i", 7)]
+    assert passed == want
+    assert (first.tensor, second.tensor) == ("out_ptr", "k_ptr")
+    monkeypatch.setattr(hopper_plans, "id", lambda holder: 1024 * holders.index(holder), False)
+    monkeypatch.setattr(hopper_plans, "type", lambda holder: like_tritons, False)
+    assert [first.of(address) for address in (16, 32, 16)] == [
+        (128, holders[0]),
+        (1024 + 128, holders[1]),
+        (128, holders[0]),
+    ]
+    assert second.of(16) == (2048 + 128, holders[2])
+    assert made == [(16, "a"), (32, "a"), (16, "b")]
+    other = ("tensordesc<fp16>", "constexpr", "tensordesc<fp16>", "fp16", "constexpr", "i32")
+    assert kernel.described_parameters(other, given, "ab") is None
 
 
 # ---------------------------------------------------------------- what only a GPU can show

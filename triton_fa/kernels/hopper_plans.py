@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import logging
+import struct
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from triton.runtime.jit import mangle_type
 from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
 from triton_fa.errors import UnsupportedError
+from triton_fa.kernels import submit
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
 from triton_fa.kernels.launch import names_of, specialisation
 from triton_fa.kernels.transpose import transpose_kernel
@@ -551,20 +552,23 @@ class Described:
         """The compiled kernel."""
         return self._kernel.warmup(*self._described(given), grid=grid, **options)
 
-    def bound(self, compiled: Any) -> Any:
-        """The compiled kernel with a launcher that takes addresses of tensors of these views."""
-        run = compiled.run
-        return SimpleNamespace(
-            function=compiled.function,
-            packed_metadata=compiled.packed_metadata,
-            run=SimpleNamespace(
-                global_scratch_size=run.global_scratch_size,
-                profile_scratch_size=run.profile_scratch_size,
-                launch_cooperative_grid=run.launch_cooperative_grid,
-                launch_pdl=run.launch_pdl,
-                launch=self._launcher(run.launch, compiled.metadata.tensordesc_meta),
-            ),
-        )
+    def described_parameters(
+        self, types: Sequence[Any], given: Sequence[Any], metas: Sequence[Any]
+    ) -> list[submit.Parameter] | None:
+        """As `submit.parameters`, of this kernel's arguments for tensors of these views.
+
+        Triton 3.6 passes a tensor map, sizes and strides in place of a descriptor.
+        """
+        passed: list[submit.Parameter] = []
+        left = iter(metas)
+        for view in self._views:
+            if view is not None:
+                map_of = functools.partial(_map_of, {}, view, next(left))
+                passed.append(submit.TensorMap(self._tensors[view.tensor], map_of))
+                passed += [struct.pack("<i", size) for size in view.shape]
+                passed += [struct.pack("<q", stride) for stride in view.strides]
+        rest = submit.parameters(types[len(self._views) :], given[len(self._tensors) :])
+        return None if rest is None else passed + rest
 
     def cross_compile(
         self, values: dict[str, Any], options: dict[str, Any], target: GPUTarget
@@ -578,30 +582,6 @@ class Described:
             for layout in (self._layout(v),)
         }
         return cross_compiled(self._kernel, described, values, options, target)
-
-    def _launcher(self, launch: Any, metas: Sequence[Any]) -> Callable[..., None]:
-        """Triton 3.6's own launcher without the wrapper that makes descriptors in every call."""
-        bare, make = launch, None
-        if any(self._views):
-            inside = inspect.getclosurevars(launch)
-            bare, before = inside.nonlocals["launcher"], inside.globals["_BASE_ARGS_FORMAT_LEN"]
-            make = inside.globals["make_tensordesc_arg"]
-        else:
-            before = importlib.import_module("triton.backends.nvidia.driver")._BASE_ARGS_FORMAT_LEN
-        left = iter(metas)
-        described = [
-            _absent if view is None else _kept(make, view, next(left), before + view.tensor)
-            for view in self._views
-        ]
-        after = before + len(self._tensors)
-
-        def by_address(*given: Any) -> None:
-            arguments = list(given[:before])
-            for expanded in described:
-                arguments += expanded(given)
-            bare(*arguments, *given[after:])
-
-        return by_address
 
     def _described(self, given: Sequence[Any]) -> list[Any]:
         descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
@@ -660,24 +640,20 @@ def cross_compiled(
     return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
 
 
-def _absent(given: Sequence[Any]) -> list[Any]:
-    """What Triton's launcher takes for a descriptor that there is not."""
-    return [None]
-
-
-def _kept(make: Any, view: View, meta: Any, place: int) -> Callable[[Sequence[Any]], list[Any]]:
-    """What it takes for the tensor whose address is at that place of the arguments."""
-    kept: dict[int, list[Any]] = {}
-
-    def expanded(given: Sequence[Any]) -> list[Any]:
-        address = given[place]
-        found = kept.get(address)
-        if found is None:
-            if len(kept) >= KEPT_DESCRIPTORS:
-                kept.clear()
-            base = SimpleNamespace(data_ptr=lambda: address)
-            like = {"shape": view.shape, "strides": view.strides, "padding": "zero"}
-            found = kept[address] = list(make(SimpleNamespace(base=base, **like), meta))
-        return found
-
-    return expanded
+def _map_of(
+    kept: dict[int, tuple[int, Any]], view: View, meta: Any, address: int
+) -> tuple[int, Any]:
+    """Where the tensor map of the tensor at `address` is, and the object that holds it."""
+    found = kept.get(address)
+    if found is None:
+        if len(kept) >= KEPT_DESCRIPTORS:
+            kept.clear()
+        nvidia = importlib.import_module("triton.backends.nvidia.driver")
+        base = SimpleNamespace(data_ptr=lambda: address)
+        like = {"shape": view.shape, "strides": view.strides, "padding": "zero"}
+        holder, *_ = nvidia.make_tensordesc_arg(SimpleNamespace(base=base, **like), meta)
+        # The map is the last that Triton's object holds.
+        where = id(holder) + type(holder).__basicsize__ - submit.MAP_BYTES
+        assert where % submit.MAP_BYTES == 0, "not where Triton 3.6 has it"
+        found = kept[address] = where, holder
+    return found

@@ -104,6 +104,16 @@ POINTERS = (
     "turned_ptr",
 )
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
+NAMES = {
+    field: f"{field}_ptr"
+    for field in Tensors._fields
+    if field not in ("scheduler_metadata", "cache_batch_idx", "cache_leftpad", "append", "blocks")
+} | {
+    "scheduler_metadata": "plan_ptr",
+    "cache_batch_idx": "batch_idx_ptr",
+    "cache_leftpad": "leftpad_ptr",
+}
+"""What `POINTERS` calls the tensors of a call."""
 _NO_LISTS = (None,) * 4
 ABSENT = POINTERS.index("absent")
 """Place of a None; what stands behind it are `append_tensors`."""
@@ -197,10 +207,6 @@ class PlannedLaunch:
     """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
     in_pairs: bool = False
     """Whether K and V pointers are of 16 bits each for two float8 numbers."""
-
-    def indices(self) -> tuple[int, ...]:
-        """Places in `call_tensors` of the kernel's leading arguments."""
-        return tuple(_PLACES.get(name, ABSENT) for name in _leading(names_of(self.kernel)))
 
     def pointers(self, given: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
         """The kernel's leading arguments out of `call_tensors`, descriptors included."""
