@@ -579,7 +579,8 @@ def _decode(
         many = bounds.batch > MANY_SEQUENCES
         block_r = min(rows, 16) if many else max(1, rows // 4)
         block_p, warps = MERGED_TOGETHER, 4 if many else min(4, block_r)
-    by_sequence = one_by_one or bounds.batch * lanes <= programs
+    # Powers of two, so that warm-up meets both sides of every step.
+    by_sequence = one_by_one or next_power_of_2(bounds.batch) * lanes <= programs
     merge = PlannedLaunch(
         combine_kernel,
         (
