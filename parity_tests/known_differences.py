@@ -238,6 +238,53 @@ DIFFERENCES = (
         kind=INCOMPARABLE,
     ),
     Difference(
+        id="fa3-rotates-padded-heads-wrongly",
+        reason="new keys turned by halves: the first of the turned dims are 0 in the cache where"
+        " pages hold heads that FA3 pads to a wider kernel",
+        where="sglang-kernel 0.4.2 on an H200, pages of 1 to 64: (head_dim, rotary_dim) (32, 16),"
+        " (32, 32), (40, 32), (48, 48), (72, 64), (80, 80), (112, 112), (160, 160), (224, 224)",
+        applies=lambda case, ver: (
+            ver == FA3
+            and case.kv_layout == "paged"
+            and case.rotary_dim > 0
+            and not case.rotary_interleaved
+            and case.head_dim not in (64, 96, 128, 192, 256)
+        ),
+        case=Case(
+            heads_q=1,
+            heads_kv=1,
+            head_dim=32,
+            head_dim_v=32,
+            append="batched",
+            rotary_dim=16,
+            rotary_interleaved=False,
+            seqlens_k=(0,),
+            seqlens_new=(2,),
+        ),
+        kind=INCOMPARABLE,
+    ),
+    Difference(
+        id="fa3-splits-padded-queries-wrongly",
+        reason="padded queries with seqused_q, split: sums are wrong, and results wrong or missing",
+        where="sglang-kernel 0.4.2 on an H200: wrong in each of 16 calls with batched queries,"
+        " right with packed ones",
+        applies=lambda case, ver: (
+            ver == FA3 and case.pad_q > 0 and case.num_splits not in (None, 1)
+        ),
+        case=Case(
+            entry="varlen",
+            kv_layout="packed",
+            page_size=0,
+            heads_q=2,
+            heads_kv=1,
+            seqlens_q=(1, 0),
+            seqlens_k=(193, 0),
+            num_splits=2,
+            pad_q=1,
+        ),
+        kind=INCOMPARABLE,
+    ),
+    Difference(
         id="fa3-left-padding-beyond-the-keys",
         reason="padding that is longer than cache_seqlens makes a negative length of it",
         where="hopper/seqlen.h: seqlen_k_og",
