@@ -34,6 +34,7 @@ from triton_fa.schedule.tiles import (
     decode_programs,
     latent_tile,
     next_power_of_2,
+    panels,
 )
 from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
@@ -189,8 +190,8 @@ class PlannedLaunch:
     grid: tuple[int, int, int]
     values: dict[str, Any]
     options: dict[str, Any]
-    key_box: tuple[int, int, int] | None = None
-    """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
+    key_box: tuple[int, dict[str, int]] | None = None
+    """Keys of the blocks that descriptors read, if it has any, and the columns of each."""
     in_pairs: bool = False
     """Whether K and V pointers are of 16 bits each for two float8 numbers."""
 
@@ -210,10 +211,11 @@ class PlannedLaunch:
             return _as_bytes(tensor)
         if self.key_box is None:
             return None
-        keys, *dims = self.key_box
-        which = ("k_desc", "v_desc").index(name)
-        tensor = _as_bytes(given[POINTERS.index(("k_ptr", "v_ptr")[which])])
-        return _descriptor(tensor, keys, dims[which])
+        keys, columns = self.key_box
+        if not columns[name]:
+            return None
+        tensor = _as_bytes(given[_PLACES[f"{name[0]}_ptr"]])
+        return _descriptor(tensor, keys, columns[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -715,8 +717,13 @@ def _prefill(
             ORDERED=is_planned and bounds.batch <= _block_b(bounds.batch),
         )
         return (*launches, *(PlannedLaunch(*step) for step in steps)), counters, transposed
-    block_d = max(16, next_power_of_2(spec.head_dim))
-    block_dv = max(16, next_power_of_2(spec.head_dim_v))
+    variant = dict(VARIANT)
+    d0, d1 = _prefill_panels(spec.head_dim, variant)
+    if variant["qk_split"] and not d1:
+        d0 = d1 = d0 // 2
+    v0, v1 = _prefill_panels(spec.head_dim_v, variant)
+    columns = {"k_desc": d0, "k1_desc": d1, "v_desc": v0, "v1_desc": v1}
+    described = _describable(problem, device, tile) and not variant["pointers"]
     prefill = PlannedLaunch(
         prefill_kernel,
         (tiles * spec.num_heads_kv, 1, 1),
@@ -733,13 +740,39 @@ def _prefill(
             BLOCK_M=tile.block_m,
             HALVES=tile.halves,
             BLOCK_N=tile.block_n,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
+            D0=d0,
+            D1=d1,
+            V0=v0,
+            V1=v1,
+            SUMS=variant["sums"],
+            AHEAD=variant["ahead"],
+            SPLIT_END=variant["split_end"] and described and problem.tensors.blocks is None,
+            WARP_SPECIALIZE=variant["ws"],
+            SINGLE=variant["ws"],
         ),
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        | ({"maxnreg": variant["maxnreg"]} if variant["maxnreg"] else {}),
+        (tile.block_n, columns) if described else None,
     )
     return (*launches, prefill), 0, 0
+
+
+VARIANT: dict[str, Any] = {
+    "panels": False,
+    "sums": 0,
+    "ahead": False,
+    "split_end": False,
+    "ws": False,
+    "pointers": False,
+    "qk_split": False,
+    "maxnreg": 0,
+}
+
+
+def _prefill_panels(dim: int, variant: dict[str, Any]) -> tuple[int, int]:
+    if variant["panels"]:
+        return panels(dim, 32)
+    return max(16, next_power_of_2(dim)), 0
 
 
 def _within_blocks(problem: Problem, tile: PrefillTile) -> tuple[PrefillTile, dict[str, int]]:
