@@ -18,9 +18,9 @@ from bench.variants import VARIANTS, bind
 from bench.workloads import Workload
 
 
-def own(labels: Sequence[str]) -> list[str]:
-    """The labels whose kernels this project compiles."""
-    return [label for label in labels if VARIANTS[label].ver == "triton"]
+def compiled(labels: Sequence[str]) -> list[str]:
+    """The labels whose kernels Triton compiles."""
+    return [label for label in labels if VARIANTS[label].jit]
 
 
 def commands(
@@ -31,10 +31,10 @@ def commands(
     return [
         [
             *(sys.executable, "-m", "bench", kind, "--set", row_set, "--compile-only"),
-            *("--backend", ",".join(own(labels)), "--rows", exactly(share)),
+            *("--backend", ",".join(compiled(labels)), "--rows", exactly(share)),
         ]
         for share in shares
-        if share and own(labels)
+        if share and compiled(labels)
     ]
 
 
@@ -59,7 +59,7 @@ def compile_rows(rows: Sequence[Workload], labels: Sequence[str]) -> None:
     for row in rows:
         inputs = make_inputs(row, torch.device("cuda"))
         with triton_fa.strict():
-            for label in own(labels):
+            for label in compiled(labels):
                 with contextlib.suppress(triton_fa.TritonFAError):  # timing says it again
                     bind(VARIANTS[label], inputs).call(inputs)
         torch.cuda.synchronize()

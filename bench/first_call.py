@@ -36,6 +36,9 @@ CACHES = ("cold", "warm")
 # Where Triton, CuTe DSL and FA4 keep what they compiled. FA4 keeps it on disk only when asked to.
 FOLDERS = ("TRITON_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
 SETTINGS = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "TRITON_FA_AUTOTUNE_CACHE": "0"}
+# A process that takes longer hangs: torch's import and an FA4 compilation take some ten seconds.
+CHILD_SECONDS = 120
+FAILED = "failed: "
 # Cases of tests/portability that compile for every chip.
 CASES = ("decode-128", "prefill-128")
 
@@ -44,25 +47,34 @@ def child(module: str, *arguments: str, caches: Path, env: Mapping[str, str]) ->
     """The JSON lines that a module prints in a new process, whose compiler caches are `caches`.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        RuntimeError: it failed, or hangs; with the end of what it said.
     """
     folders = {name: str(caches / name.lower()) for name in FOLDERS}
     paths = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**env, **SETTINGS, **folders, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{module} {' '.join(arguments)}: {done.stderr[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", '"'))]
+    named = " ".join([module, *arguments])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env={**env, **SETTINGS, **folders, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=CHILD_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{named}: still running after {CHILD_SECONDS} s") from error
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith(("{", '"'))]
+    if done.returncode or not found:
+        raise RuntimeError(f"{named}: exit status {done.returncode}: {done.stderr[-2000:]}")
+    return found
 
 
 def fresh(label: str, row: Workload, device: str, repeat: int) -> dict[str, Outcome]:
-    """A backend's outcomes with cold and with warm caches, medians of several processes each."""
+    """A backend's outcomes with cold and with warm caches, medians of several processes each.
+
+    What fails is said in its own place: the times of other backends are kept.
+    """
     variant, env = label, dict(os.environ)
     if label == PORTABLE:
         variant, env = "triton", env | {"TRITON_FA_HOPPER": "0"}
@@ -71,7 +83,10 @@ def fresh(label: str, row: Workload, device: str, repeat: int) -> dict[str, Outc
         with tempfile.TemporaryDirectory() as folder:
             for cache in CACHES:
                 arguments = (variant, row.name, device)
-                found = child("bench.fresh", *arguments, caches=Path(folder), env=env)[-1]
+                try:
+                    found = child("bench.fresh", *arguments, caches=Path(folder), env=env)[-1]
+                except RuntimeError as error:
+                    return {label: Outcome(skipped=FAILED + " ".join(str(error).split()))}
                 if "skipped" in found:
                     return {label: Outcome(skipped=found["skipped"])}
                 seen[cache].append(found)
@@ -170,16 +185,17 @@ def main(arguments: list[str]) -> int:
     if not (options.target or torch.cuda.is_available()):
         sys.stderr.write("no CUDA device: nothing was measured; --target compiles without one\n")
         return 3
-    try:
-        if options.target:
+    if options.target:
+        try:
             sys.stdout.write(cross_compiled(options.target) + "\n")
-            return 0
-        where = environment.describe(options.commit)
-        measurements = measure(options.labels, "cuda", options.repeat, options.jobs)
-    except RuntimeError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+        except RuntimeError as error:
+            sys.stderr.write(f"{error}\n")
+            return 1
+        return 0
+    where = environment.describe(options.commit)
+    measurements = measure(options.labels, "cuda", options.repeat, options.jobs)
     if options.output:
         write(options.output, where, [as_json(m) for m in measurements], asked=len(ROWS))
     sys.stdout.write(text(measurements) + "\n")
-    return 0
+    outcomes = [outcome for m in measurements for outcome in m.outcomes.values()]
+    return int(any(outcome.skipped.startswith(FAILED) for outcome in outcomes))

@@ -31,6 +31,8 @@ class Variant:
     scheduled: bool = True  # give it metadata where the row allows
     captured: bool = True  # False: reads lengths on the host, so it is timed eagerly
     peer: Callable[[Inputs], Attention] | None = None  # makes the call where no backend does
+    takes: tuple[str, ...] = ()  # of a row's options, those that the peer knows
+    jit: bool = False  # Triton compiles its kernels
 
 
 def bind_masked(inputs: Inputs) -> Attention:
@@ -39,18 +41,23 @@ def bind_masked(inputs: Inputs) -> Attention:
     return bound
 
 
+def vllm(label: str, peer: Callable[[Inputs], Attention]) -> Variant:
+    return Variant(label, label, peer=peer, takes=("qv",), jit=True)
+
+
 VARIANTS: dict[str, Variant] = {
     v.label: v
     for v in (
-        Variant("triton", "triton"),
-        Variant("triton-nometa", "triton", scheduled=False),
-        Variant("triton-inv", "triton", batch_invariant=True),
+        Variant("triton", "triton", jit=True),
+        Variant("triton-nometa", "triton", scheduled=False, jit=True),
+        Variant("triton-inv", "triton", batch_invariant=True, jit=True),
         Variant("torch", "torch", scheduled=False, captured=False),
         Variant("3", 3),
         Variant("3-nometa", 3, scheduled=False),
         Variant("4", 4),
-        Variant(vllm_triton.LABEL, vllm_triton.LABEL, peer=vllm_triton.bind_attention),
-        Variant("triton-mask", "triton-mask", peer=bind_masked),
+        vllm(vllm_triton.LABEL, vllm_triton.bind_attention),
+        vllm(vllm_triton.CAPTURED, vllm_triton.bind_captured),
+        Variant("triton-mask", "triton-mask", peer=bind_masked, jit=True),
         Variant(sdpa.LABEL, sdpa.LABEL, peer=sdpa.bind_attention),
     )
 }
@@ -99,8 +106,8 @@ def bind(variant: Variant, inputs: Inputs) -> Bound:
     if row.phase == "combine":
         return Bound(combine.bind_attention(variant.label, inputs), None)
     if variant.peer:
-        if inputs.options:
-            raise triton_fa.UnsupportedError(variant.label, sorted(inputs.options))
+        if unknown := sorted(inputs.options.keys() - {*variant.takes}):
+            raise triton_fa.UnsupportedError(variant.label, unknown)
         return Bound(variant.peer(inputs), None)
     plan, metadata, note = None, None, ""
     if row.latent and variant.ver == 3:

@@ -523,13 +523,19 @@ def test_a_peer_that_merges_is_judged(
     assert measure(row, [label], untimed, bursts=1).failed == [label]
 
 
-@pytest.mark.parametrize("label", ["sdpa", masked.LABEL, vllm_triton.LABEL])
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("label", "name", "reason"),
     [
-        ("16x8192.32/8x128.p16.new1.halves", "k; rotary_cos; rotary_sin; v"),
-        ("16x8192.16/1x64,512.p64.qv", "qv"),
-        ("1x16384.32/8x128.qkv-e4m3", "k_descale; q_descale; v_descale"),
+        *(
+            (label, name, reason)
+            for label in ("sdpa", masked.LABEL, vllm_triton.LABEL, vllm_triton.CAPTURED)
+            for name, reason in (
+                ("16x8192.32/8x128.p16.new1.halves", "k; rotary_cos; rotary_sin; v"),
+                ("1x16384.32/8x128.qkv-e4m3", "k_descale; q_descale; v_descale"),
+            )
+        ),
+        ("sdpa", "16x8192.16/1x64,512.p64.qv", "qv"),
+        (masked.LABEL, "16x8192.16/1x64,512.p64.qv", "qv"),
     ],
 )
 def test_peers_refuse_what_they_are_not_given(label: str, name: str, reason: str) -> None:
@@ -797,9 +803,11 @@ def test_compiling_ahead_covers_every_row_once(processes: int) -> None:
     assert sorted(found) == sorted(row.name for row in rows)
 
 
-def test_nothing_is_compiled_ahead_of_peers_alone() -> None:
+def test_nothing_is_compiled_ahead_of_peers_without_triton() -> None:
     rows = workloads.select("decode", "", False)
-    assert commands("decode", "core", rows, ["3", "4"], 4) == []
+    assert commands("decode", "core", rows, ["3", "4", "torch", "sdpa"], 4) == []
+    for command in commands("decode", "core", rows, ["3", "triton-inv", "vllm-triton"], 2):
+        assert parse(command[3:]).labels == ["triton-inv", "vllm-triton"]
 
 
 @needs_vllm
@@ -833,6 +841,67 @@ def test_vllms_kernel_agrees_with_the_reference(name: str, device: str) -> None:
 
 
 @needs_vllm
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("16x8192.16/1x64,512.p64.qv", vllm_triton.LABEL),
+        ("16x8192.16/1x64,512.p64.q2.qv", vllm_triton.CAPTURED),
+        ("16x8192.16/1x64,512.p64.q4.qv", vllm_triton.LABEL),
+        ("16x8192.128/1x64,512.p64.qv", vllm_triton.CAPTURED),
+    ],
+)
+def test_vllms_latent_kernel_is_right(name: str, label: str, device: str) -> None:
+    """Its queries of one sequence are rows of their own, on the cache as an engine holds it."""
+    row = shrunk(find(name), top=24)
+    row = dataclasses.replace(row, k_lens=(24, 9, 17, 4), dtype="float32")
+    inputs = make_inputs(row, torch.device(device))
+    bound = bind(VARIANTS[label], inputs)
+    limit = 1e-2 if device == "cuda" else 1e-5
+    assert judge.judge(inputs, bound.call(inputs)) <= limit
+    other = inputs.other_cache()
+    inputs.k.fill_(math.nan)
+    inputs.v.fill_(math.nan)
+    assert judge.judge(other, bound.call(other)) <= limit
+    assert not [module for module in sys.modules if module.split(".")[0] == "vllm"]
+
+
+def test_vllm_splits_latent_keys_by_the_longest_sequence() -> None:
+    lengths = (1, 511, 1024, 2048, 8192, 32768, vllm_triton.MODEL_KEYS)
+    found = [vllm_triton.latent_splits(length, 132) for length in lengths]
+    assert found == [1, 1, 2, 4, 16, 64, 264]
+
+
+def test_vllms_latent_call_is_as_its_backend_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels are given, in stand-ins' hands: this needs no file of vLLM's."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    module = SimpleNamespace(decode_attention_fwd=lambda *a, **k: seen.append((a, k)))
+    monkeypatch.setattr(vllm_triton, "load", lambda name: module)
+    monkeypatch.setattr(vllm_triton, "multiprocessors", lambda device: 132)
+    row = shrunk(find("16x8192.16/1x64,512.p64.q2.qv"), top=24)
+    row = dataclasses.replace(row, k_lens=(24, 9, 17, 2048))
+    inputs = make_inputs(row, CPU)
+    out = bind(VARIANTS[vllm_triton.LABEL], inputs).call(inputs)
+    bind(VARIANTS[vllm_triton.CAPTURED], inputs).call(inputs)
+    (given, named), (captured, _) = seen
+    q, cache, values, written, lse, table, lens, parts, splits, scale, page_size = given
+    assert q.equal(torch.cat([inputs.options["qv"], inputs.q], dim=-1))
+    assert cache[..., :512].equal(inputs.v)
+    assert cache[..., 512:].equal(inputs.k)
+    assert values.data_ptr() == cache.data_ptr() == inputs.v.data_ptr()
+    assert out is written
+    assert out.shape == (8, 16, 512)
+    assert lse.shape == (8, 16)
+    assert table.equal(inputs.page_table.repeat_interleave(2, 0))
+    assert lens.tolist() == [23, 24, 8, 9, 16, 17, 2047, 2048]
+    assert parts.shape == (8, 16, splits, 513)
+    assert (splits, captured[8]) == (4, 264)
+    assert scale == 576**-0.5
+    assert page_size == 16
+    assert named["is_mla"]
+    assert named["k_scale"] == named["v_scale"] == 1
+
+
+@needs_vllm
 def test_vllms_kernels_compile_for_hopper() -> None:
     """In a process of its own: where these tests run, jit functions are the interpreter's."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -846,6 +915,8 @@ def test_vllms_kernels_compile_for_hopper() -> None:
         ("kernel_unified_attention", "split"),
         ("kernel_unified_attention", "whole"),
         ("reduce_segments", "-"),
+        ("_fwd_grouped_kernel_stage1", "-"),
+        ("_fwd_kernel_stage2", "-"),
     }
 
 
@@ -856,8 +927,9 @@ def compile_vllm() -> None:
     from tests.portability.compiler import recorded
     from triton_fa.kernels.launch import cross_compile
 
+    names = ["16x8192.32/8x128.p16", "8x4096.64/8x64.p16.q8", "2x8192.32/8x128.p64"]
     with recorded() as launches:
-        for name in ("16x8192.32/8x128.p16", "8x4096.64/8x64.p16.q8", "2x8192.32/8x128.p64"):
+        for name in (*names, "16x8192.128/1x64,512.p64.qv"):
             inputs = make_inputs(shrunk(find(name)), CPU)
             bind(VARIANTS["vllm-triton"], inputs).call(inputs)
     for launch in launches:
@@ -875,20 +947,49 @@ def compile_vllm() -> None:
     ],
 )
 def test_what_vllm_does_not_do_is_refused_by_name(name: str, reason: str) -> None:
-    with pytest.raises(triton_fa.UnsupportedError, match=f"vllm-triton.*{reason}"):
-        bind(VARIANTS["vllm-triton"], tiny(find(name)))
+    for label in (vllm_triton.LABEL, vllm_triton.CAPTURED):
+        with pytest.raises(triton_fa.UnsupportedError, match=f"'{label}' .*{reason}"):
+            bind(VARIANTS[label], tiny(find(name)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"page_size": 8}, "multiple of 16"),
+        ({"window": (64, 0)}, "windows"),
+        ({"softcap": 2.0}, "softcap"),
+        ({"sinks": True}, "sinks"),
+        ({"return_lse": True}, "the lse"),
+        ({"causal": False}, "not causal"),
+        ({"q_lens": (1, 2, 1, 1)}, "several lengths"),
+    ],
+)
+@pytest.mark.parametrize("label", [vllm_triton.LABEL, vllm_triton.CAPTURED])
+def test_what_vllms_latent_kernel_does_not_do_is_refused_by_name(
+    label: str, changes: dict[str, Any], reason: str
+) -> None:
+    row = shrunk(find("16x8192.16/1x64,512.p64.qv"), top=24)
+    inputs = make_inputs(dataclasses.replace(row, **changes), CPU)
+    with pytest.raises(triton_fa.UnsupportedError, match=f"'{label}' .*{reason}"):
+        bind(VARIANTS[label], inputs)
+
+
+def test_vllm_captures_only_latent_rows_otherwise() -> None:
+    with pytest.raises(triton_fa.UnsupportedError, match="score no values, which vllm-triton"):
+        bind(VARIANTS[vllm_triton.CAPTURED], tiny(find("16x8192.32/8x128.p16")))
 
 
 def test_vllm_splits_for_batches_that_it_captures() -> None:
     assert [vllm_triton.split_threshold(heads) for heads in (1, 8, 24, 96)] == [128, 16, 4, 1]
 
 
+@pytest.mark.parametrize("name", ["8x512.32/8x128.p16", "16x8192.16/1x64,512.p64.qv"])
 def test_files_that_were_not_fetched_are_one_skipped_variant(
-    untimed: Flusher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, untimed: Flusher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(vllm_triton, "FOLDER", tmp_path)
     vllm_triton.load.cache_clear()
-    row = dataclasses.replace(shrunk(find("8x512.32/8x128.p16"), top=24), dtype="float32")
+    row = dataclasses.replace(shrunk(find(name), top=24), dtype="float32")
     done = measure(row, ["vllm-triton"], untimed, bursts=1)
     assert "`python -m bench.fetch_vllm` fetches it" in done.outcomes["vllm-triton"].skipped
 

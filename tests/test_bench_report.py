@@ -654,6 +654,40 @@ def test_what_cannot_make_a_first_call_says_why(monkeypatch: pytest.MonkeyPatch)
     assert "not installed" in text
 
 
+def test_a_process_that_fails_costs_its_own_backend_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def child(_: str, label: str, *__: str, caches: Path, env: object) -> list[dict[str, Any]]:
+        if label == "4":
+            raise RuntimeError("bench.fresh 4: exit status 1:\nno such symbol")
+        return [{"first_call_s": 1.0, "compiled": []}]
+
+    monkeypatch.setattr(first_call, "child", child)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("bench.environment.describe", lambda commit: {"commit": commit})
+    path = tmp_path / "first.json"
+    arguments = ["first-call", "--repeat", "1", "--output", str(path), "--backend"]
+    assert main([*arguments, "triton,4"]) == 1
+    assert "exit status 1: no such symbol" in capsys.readouterr().out
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["variants"]["triton, warm"]["first_call_s"] == 1.0
+        assert row["variants"]["4"]["skipped"].startswith("failed: bench.fresh 4")
+    assert main([*arguments, "triton"]) == 0
+
+
+def test_a_process_that_hangs_or_says_nothing_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "asleep.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "silent.py").write_text("")
+    env = dict(os.environ) | {"PYTHONPATH": str(tmp_path)}
+    monkeypatch.setattr(first_call, "CHILD_SECONDS", 3)
+    with pytest.raises(RuntimeError, match="asleep: still running after 3 s"):
+        first_call.child("asleep", caches=tmp_path, env=env)
+    with pytest.raises(RuntimeError, match="silent: exit status 0"):
+        first_call.child("silent", caches=tmp_path, env=env)
+
+
 def test_warm_processes_find_the_caches_of_cold_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Path] = []
 

@@ -85,7 +85,7 @@ def on_hopper(fresh: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         fresh.setattr(hopper_plans, "INTERPRETED", False)
         fresh.setattr(hopper_plans.Described, "__getitem__", emulated)
         # All rows in one program of the merge: what takes long is Triton's interpreter.
-        fresh.setattr(plans, "_merge_shape", lambda pieces, spec, rows: (8, rows, 1))
+        fresh.setattr(plans, "_merge_shape", lambda pieces, rows, columns, batch: (8, rows, 1))
     launched.clear()
     yield fresh
     assert launched, "the Hopper kernel was not chosen"

@@ -458,8 +458,8 @@ COMBINE = (
     Mutant(
         "combine-lane-slots",
         "combine.py",
-        "slot = (range_start + holder) * program_slots",
-        "slot = holder * program_slots",
+        "slots = (range_start + holder) * program_slots",
+        "slots = holder * program_slots",
         "all heads merge the pieces of the first",
         SOME_PROGRAMS,
         blind=True,

@@ -70,11 +70,13 @@ def combine_kernel(
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     ONE_BY_ONE: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr,
     HAS_LSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (v, i) merges rows [i BLOCK_R, …) of the sequence that range v leaves half-way, or,
-    where pieces were left ONE_BY_ONE, of sequence v // LANES. Rows are those of a lane.
+    """Program (v, i, j) merges rows [i BLOCK_R, …) and columns [j BLOCK_V, …) of a lane of sequence
+    v // LANES, or, where there are more of those than ranges, of the one that range v leaves
+    half-way.
 
     m = max_p m_p; l = sum_p 2^(m_p - m) l_p; out = sum_p 2^(m_p - m) acc_p / l, in order of p; with
     chunking one p after the other. Everything but the partials is loaded before the attention
@@ -132,26 +134,33 @@ def combine_kernel(
         stop = first + share + (index < extra).to(tl.int32)
         # With chunking a range may end where the next line begins.
         final = stop if CHUNKED else stop - 1
+        if BY_SEQUENCE:
+            lane = pid % LANES
+        elif not LANES_DIVIDE:
+            lane = final // tl.maximum(total_tiles, 1)
         if LANES_DIVIDE:
             line_start = 0
             range_start = lane * (programs // LANES)
         else:
-            lane = final // tl.maximum(total_tiles, 1)
             line_start = lane * total_tiles
             range_start = 0
-        seq_idx, before, _ = locate(
-            tl.maximum(final - line_start, 0),
-            tiles,
-            batch,
-            lengths,
-            windows,
-            GROUP,
-            MIN_ROWS,
-            MAX_ROWS,
-            BLOCK_N,
-            BLOCK_B,
-            ONE_BLOCK,
-        )
+        if BY_SEQUENCE:
+            seq_idx = pid // LANES
+            before = tl.sum(tl.where(tl.arange(0, BLOCK_B) < seq_idx, tiles, 0), 0)
+        else:
+            seq_idx, before, _ = locate(
+                tl.maximum(final - line_start, 0),
+                tiles,
+                batch,
+                lengths,
+                windows,
+                GROUP,
+                MIN_ROWS,
+                MAX_ROWS,
+                BLOCK_N,
+                BLOCK_B,
+                ONE_BLOCK,
+            )
         first_q, seqlen_q, _, _, _, _, _, num_tiles = decode_work(
             seq_idx, seq_idx < batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N
         )
@@ -159,19 +168,28 @@ def combine_kernel(
         if CHUNKED:
             chunk = chunk_tiles(num_tiles, (smallest_chunk, most_pieces))
             pieces = (num_tiles + chunk - 1) // chunk
+            if BY_SEQUENCE:
+                index, _ = holder_of(0, begin, num_tiles, chunk, share, extra)
+                first = index * share + tl.minimum(index, extra)
+                stop = first + share + (index < extra).to(tl.int32)
             merged = pieces_until(stop - begin, num_tiles, chunk)
             entered = pieces_until(tl.maximum(first - begin, 0), num_tiles, chunk)
             ours = (entered == 0) & (merged > 0) & (merged < pieces)
         else:
             owner = range_of(begin, share, extra)
             pieces = range_of(begin + num_tiles - 1, share, extra) - owner + 1
-            ours = (owner == index) & (pieces > 1) & (final >= first)
+            ours = pieces > 1
+            if not BY_SEQUENCE:
+                ours &= (owner == index) & (final >= first)
             first_slot = 2 * (range_start + owner)
+        # Of launches for some numbers of rows nobody has any where the line is empty.
+        ours &= total_tiles > 0
     if ours:
         part_rows = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         head = lane // ROW_BLOCKS
         rows = lane % ROW_BLOCKS * ROWS + part_rows
-        dims = tl.arange(0, BLOCK_V)
+        dims = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+        nths = tl.arange(0, BLOCK_P)
         row_max = tl.full([BLOCK_R], NO_SCORE, tl.float32)
         row_sum = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
@@ -193,31 +211,37 @@ def combine_kernel(
                 cache_modifier=".cg",
             )
             for start in tl.range(merged, pieces, BLOCK_P, num_stages=1):
+                holder, earlier = holder_of(start + nths, begin, num_tiles, chunk, share, extra)
+                slots = (range_start + holder) * program_slots + 1 + earlier
+                # All loads first, so that no result waits for the one before it.
+                maxima = ()
+                sums = ()
+                parts = ()
                 for nth in tl.static_range(BLOCK_P):
-                    piece = start + nth
-                    live = piece + 0 * part_rows < pieces
-                    holder, before = holder_of(piece, begin, num_tiles, chunk, share, extra)
-                    slot = (range_start + holder) * program_slots + 1 + before
+                    live = start + nth + 0 * part_rows < pieces
+                    slot = tl.sum(tl.where(nths == nth, slots, 0), 0)
                     part_row = slot.to(tl.int64) * ROWS + part_rows
                     stat = part_stat_ptr + part_row * 2
-                    part_max = tl.load(stat, mask=live, other=NO_SCORE, cache_modifier=".cg")
-                    part_sum = tl.load(stat + 1, mask=live, other=0.0, cache_modifier=".cg")
-                    part = tl.load(
-                        part_ptr + part_row[:, None] * V + dims[None, :],
-                        mask=live[:, None] & (dims < V)[None, :],
-                        other=0.0,
-                        cache_modifier=".cg",
+                    maxima += (tl.load(stat, live, NO_SCORE, cache_modifier=".cg"),)
+                    sums += (tl.load(stat + 1, live, 0.0, cache_modifier=".cg"),)
+                    parts += (
+                        tl.load(
+                            part_ptr + part_row[:, None] * V + dims[None, :],
+                            live[:, None] & (dims < V)[None, :],
+                            0.0,
+                            cache_modifier=".cg",
+                        ),
                     )
-                    new_max, alpha, weight = merge_factors(row_max, part_max)
-                    row_sum = tl.fma(row_sum, alpha, part_sum * weight)
+                for nth in tl.static_range(BLOCK_P):
+                    new_max, alpha, weight = merge_factors(row_max, maxima[nth])
+                    row_sum = tl.fma(row_sum, alpha, sums[nth] * weight)
                     acc = tl.fma(
                         acc,
                         tl.broadcast_to(alpha[:, None], [BLOCK_R, BLOCK_V]),
-                        part * weight[:, None],
+                        parts[nth] * weight[:, None],
                     )
                     row_max = new_max
         else:
-            nths = tl.arange(0, BLOCK_P)
             for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
                 nth = start + nths
                 live = nth < pieces
@@ -258,7 +282,7 @@ def combine_kernel(
             ),
             mask=row_mask[:, None] & (dims < HEAD_DIM_V)[None, :],
         )
-        if HAS_LSE:
+        if HAS_LSE and tl.program_id(2) == 0:
             lse_row = (
                 seq_idx.to(tl.int64) * lse_stride_b
                 + token.to(tl.int64) * lse_stride_t

@@ -11,9 +11,9 @@ order.
 With chunking (`line.py`) ranges are made of whole pieces of sequences. Every piece is computed on
 its own and the pieces of a sequence are merged one after the other in their order: what is computed
 for a sequence then depends on its own length alone, or is cut into no more pieces than asked for.
-A program merges in registers as long as it has a sequence from its first key on, and leaves that
-partial result (slot 0 of its own) where its range ends; of a sequence that it enters half-way it
-leaves every piece (slots from 1 on), and `combine.py` goes on in the same way.
+As long as a program has a sequence from its first key on, it merges each piece with what it left of
+those before (slot 0 of its own); of a sequence that it enters half-way it leaves every piece (slots
+from 1 on), and `combine.py` goes on in the same way.
 
 Grid and workspace depend on shapes only; the ranges are found on the device from the lengths.
 """
@@ -374,6 +374,7 @@ def decode_kernel(
 
         if CHUNKED:
             chunk = chunk_tiles(num_tiles, chunking)
+            piece_end = tl.minimum(tile + chunk, num_tiles)
         if PAGED:
             if WHOLE_TILES:
                 ahead = tl.minimum(begin + tile * BLOCK_N, tl.maximum(end - 1, 0))
@@ -391,13 +392,6 @@ def decode_kernel(
             page = row * 1
         # Whether the tiles since the last result began with the sequence's first.
         whole = (tile == 0).to(tl.int32)
-        if CHUNKED:
-            # What the pieces of this sequence before this one give.
-            merged_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-            merged_sum = tl.zeros([BLOCK_M], tl.float32)
-            merged0 = tl.zeros([BLOCK_M, V0], tl.float32)
-            if V1 > 0:
-                merged1 = tl.zeros([BLOCK_M, V1], tl.float32)
         row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
         row_sum = tl.zeros([BLOCK_M, SUMS], tl.float32)
         acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
@@ -620,9 +614,7 @@ def decode_kernel(
             if V1 > 0:
                 acc1 = dot(weights, values[1], acc1 * alpha[:, None], IEEE, INTERPRETED)
             if CHUNKED:
-                done = last | ((tile + 1) % chunk == 0)
-                several = (tile >= chunk) | (last == 0)
-                chunk = tl.where(last, chunk_tiles(num_tiles_, chunking), chunk)
+                done = tile + 1 == piece_end
                 target = slot
             else:
                 done = last | (step == count - 1)
@@ -639,25 +631,32 @@ def decode_kernel(
                     if whole == 0:
                         target = piece_slot
                         piece_slot += 1
-                    elif several:
-                        new_max, alpha, weight = merge_factors(merged_max, row_max)
-                        total = tl.fma(merged_sum, alpha, total * weight)
-                        acc0 = tl.fma(
-                            merged0,
-                            tl.broadcast_to(alpha[:, None], [BLOCK_M, V0]),
-                            acc0 * weight[:, None],
-                        )
-                        merged0 = acc0
-                        if V1 > 0:
-                            acc1 = tl.fma(
-                                merged1,
-                                tl.broadcast_to(alpha[:, None], [BLOCK_M, V1]),
-                                acc1 * weight[:, None],
+                    elif part_ptr is not None:
+                        if tile >= chunk:
+                            # What this program left of the pieces before this one: by the same
+                            # threads, and with the barriers of a round between.
+                            kept_row = target.to(tl.int64) * ROWS + tl.arange(0, BLOCK_M)
+                            kept = row_mask & (tl.arange(0, BLOCK_M) < ROWS)
+                            kept_base = part_ptr + kept_row[:, None] * (V0 + V1)
+                            merged_max = tl.load(part_stat_ptr + kept_row * 2, kept, NO_SCORE)
+                            merged_sum = tl.load(part_stat_ptr + kept_row * 2 + 1, kept, 0.0)
+                            merged0 = tl.load(kept_base + vdims0[None, :], kept[:, None], 0.0)
+                            if V1 > 0:
+                                merged1 = tl.load(kept_base + vdims1[None, :], kept[:, None], 0.0)
+                            new_max, alpha, weight = merge_factors(merged_max, row_max)
+                            total = tl.fma(merged_sum, alpha, total * weight)
+                            acc0 = tl.fma(
+                                merged0,
+                                tl.broadcast_to(alpha[:, None], [BLOCK_M, V0]),
+                                acc0 * weight[:, None],
                             )
-                            merged1 = acc1
-                        row_max = new_max
-                        merged_max = row_max
-                        merged_sum = total
+                            if V1 > 0:
+                                acc1 = tl.fma(
+                                    merged1,
+                                    tl.broadcast_to(alpha[:, None], [BLOCK_M, V1]),
+                                    acc1 * weight[:, None],
+                                )
+                            row_max = new_max
                 if direct:
                     if HAS_SINK:
                         sink = tl.load(sinks_ptr + head * GROUP + rows % GROUP)
@@ -694,10 +693,7 @@ def decode_kernel(
                         tl.store(lse_ptr + lse_row, lse, mask=row_mask)
                 elif part_ptr is not None:  # None: no sequence is cut
                     part_row = target.to(tl.int64) * ROWS + tl.arange(0, BLOCK_M)
-                    stored = ROWS
-                    if CHUNKED:
-                        stored = tl.where((whole == 0) | (step == count - 1), ROWS, 0)
-                    keep_row = row_mask & (tl.arange(0, BLOCK_M) < stored)
+                    keep_row = row_mask & (tl.arange(0, BLOCK_M) < ROWS)
                     part_base = part_ptr + part_row[:, None] * (V0 + V1)
                     tl.store(part_base + vdims0[None, :], acc0, mask=keep_row[:, None])
                     if V1 > 0:
@@ -711,12 +707,9 @@ def decode_kernel(
                     acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
                 if CHUNKED:
                     if last:
-                        merged_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-                        merged_sum = tl.zeros([BLOCK_M], tl.float32)
-                        merged0 = tl.zeros([BLOCK_M, V0], tl.float32)
-                        if V1 > 0:
-                            merged1 = tl.zeros([BLOCK_M, V1], tl.float32)
-                    whole = tl.where(last, 1, whole)
+                        chunk = chunk_tiles(num_tiles_, chunking)
+                        whole = 1
+                    piece_end = tl.minimum(tile_ + chunk, num_tiles_)
                 else:
                     whole = 1
             seq_idx = seq_idx_

@@ -48,9 +48,10 @@ def decode_work(
 def chunk_tiles(tiles, chunking):
     """Tiles of one piece of a sequence of `tiles`.
 
-    An eighth of it, from the smallest chunk to four of those; more where it would have too many.
+    About an eighth of it, from the smallest chunk to four of those; more where there would be too
+    many pieces.
     """
-    eighth = tl.minimum(tl.maximum((tiles + 7) // 8, chunking[0]), 4 * chunking[0])
+    eighth = tl.minimum(tl.maximum((tiles + 4) // 8, chunking[0]), 4 * chunking[0])
     return tl.maximum((tiles + chunking[1] - 1) // chunking[1], eighth)
 
 
@@ -184,6 +185,68 @@ def total_and_units_before(
 
 
 @triton.jit
+def passing(position, upto, real):
+    """Of a block of sequences: (those before `position`, where they end, where the next ends)."""
+    passed = (upto <= position) & real
+    before = tl.max(tl.where(passed, upto, 0), 0)
+    return tl.sum(passed.to(tl.int32), 0), before, tl.min(tl.where(passed, 0x7FFFFFFF, upto), 0)
+
+
+@triton.jit
+def locate_two(
+    position,
+    other,
+    tiles,
+    batch,
+    lengths,
+    windows,
+    GROUP: tl.constexpr,
+    MIN_ROWS: tl.constexpr,
+    MAX_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+):
+    """(sequence that holds tile `position` of the line, its first tile's position, its tiles), and
+    the same of `other`.
+
+    Behind the line: (batch, the line's end, 0).
+    """
+    if ONE_BLOCK:
+        # Behind the batch `upto` stays at the line's end.
+        upto = tl.cumsum(tiles, 0)
+        real = tl.arange(0, BLOCK_B) < batch
+        seq_idx, before, its_end = passing(position, upto, real)
+        seq_idx1, before1, its_end1 = passing(other, upto, real)
+    else:
+        seq_idx = 0
+        before = 0
+        its_end = 0x7FFFFFFF
+        seq_idx1 = 0
+        before1 = 0
+        its_end1 = 0x7FFFFFFF
+        carry = 0
+        for start in tl.range(0, batch, BLOCK_B, num_stages=1):
+            block, _ = tiles_of_block(
+                start, batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B
+            )
+            upto = carry + tl.cumsum(block, 0)
+            real = start + tl.arange(0, BLOCK_B) < batch
+            passed, last_end, next_end = passing(position, upto, real)
+            seq_idx += passed
+            before = tl.maximum(before, last_end)
+            its_end = tl.minimum(its_end, next_end)
+            passed, last_end, next_end = passing(other, upto, real)
+            seq_idx1 += passed
+            before1 = tl.maximum(before1, last_end)
+            its_end1 = tl.minimum(its_end1, next_end)
+            carry += tl.sum(block, 0)
+    its_tiles = tl.where(seq_idx < batch, its_end - before, 0)
+    its_tiles1 = tl.where(seq_idx1 < batch, its_end1 - before1, 0)
+    return (seq_idx, before, its_tiles), (seq_idx1, before1, its_tiles1)
+
+
+@triton.jit
 def locate(
     position,
     tiles,
@@ -197,52 +260,9 @@ def locate(
     BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """(sequence that holds tile `position` of the line, its first tile's position, its tiles).
-
-    Behind the line: (batch, the line's end, 0).
-    """
-    if ONE_BLOCK:
-        upto = tl.cumsum(tiles, 0)
-        passed = (upto <= position) & (tl.arange(0, BLOCK_B) < batch)
-        seq_idx = tl.sum(passed.to(tl.int32), 0)
-        before = tl.max(tl.where(passed, upto, 0), 0)
-        # Behind the batch `upto` stays at the line's end.
-        its_end = tl.min(tl.where(passed, 0x7FFFFFFF, upto), 0)
-    else:
-        seq_idx = 0
-        before = 0
-        carry = 0
-        its_end = 0x7FFFFFFF
-        for start in tl.range(0, batch, BLOCK_B, num_stages=1):
-            block, _ = tiles_of_block(
-                start, batch, lengths, windows, GROUP, MIN_ROWS, MAX_ROWS, BLOCK_N, BLOCK_B
-            )
-            upto = carry + tl.cumsum(block, 0)
-            passed = (upto <= position) & (start + tl.arange(0, BLOCK_B) < batch)
-            seq_idx += tl.sum(passed.to(tl.int32), 0)
-            before = tl.maximum(before, tl.max(tl.where(passed, upto, 0), 0))
-            its_end = tl.minimum(its_end, tl.min(tl.where(passed, 0x7FFFFFFF, upto), 0))
-            carry += tl.sum(block, 0)
-    return seq_idx, before, tl.where(seq_idx < batch, its_end - before, 0)
-
-
-@triton.jit
-def locate_piece(
-    position,
-    tiles,
-    batch,
-    lengths,
-    windows,
-    chunking,
-    GROUP: tl.constexpr,
-    MIN_ROWS: tl.constexpr,
-    MAX_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-):
-    """The piece that begins nearest to `position`: sequence, its first tile's position, tile."""
-    seq_idx, before, its_tiles = locate(
+    """`locate_two` for one position."""
+    found, _ = locate_two(
+        position,
         position,
         tiles,
         batch,
@@ -255,6 +275,15 @@ def locate_piece(
         BLOCK_B,
         ONE_BLOCK,
     )
+    return found
+
+
+@triton.jit
+def piece_at(position, found, batch, chunking):
+    """The piece that begins nearest to `position`, which is in the sequence that `locate` found:
+    its sequence, that sequence's first tile's position, and the piece's tile.
+    """
+    seq_idx, before, its_tiles = found
     tile = nearest_piece(position - before, its_tiles, chunk_tiles(its_tiles, chunking))
     passed = (tile == its_tiles) & (seq_idx < batch)
     return (
@@ -289,13 +318,13 @@ def piece_range(
     """
     stop = position + count
     stop_start = 0 if LANES_DIVIDE else stop // tl.maximum(total_tiles, 1) * total_tiles
-    _, stop_before, stop_tile = locate_piece(
+    found, found_stop = locate_two(
+        position,
         stop - stop_start,
         tiles,
         batch,
         lengths,
         windows,
-        chunking,
         GROUP,
         MIN_ROWS,
         MAX_ROWS,
@@ -303,20 +332,8 @@ def piece_range(
         BLOCK_B,
         ONE_BLOCK,
     )
-    seq_idx, before, tile = locate_piece(
-        position,
-        tiles,
-        batch,
-        lengths,
-        windows,
-        chunking,
-        GROUP,
-        MIN_ROWS,
-        MAX_ROWS,
-        BLOCK_N,
-        BLOCK_B,
-        ONE_BLOCK,
-    )
+    seq_idx, before, tile = piece_at(position, found, batch, chunking)
+    _, stop_before, stop_tile = piece_at(stop - stop_start, found_stop, batch, chunking)
     count = stop_start + stop_before + stop_tile - (before + tile)
     if not LANES_DIVIDE:
         # Its first piece may be the next line's.

@@ -59,6 +59,10 @@ LIST_ARGUMENTS = (
     "SPARSE_M",
     "SPARSE_N",
 )
+MERGED_COLUMNS = 128
+"""Columns of a program of the merge where results are wider than 256."""
+MANY_SEQUENCES = 256
+"""Batches above this are looked through by four warps."""
 PLAN_BELOW = 0.8
 """The prefill path is planned where that leaves less than this of the unplanned programs."""
 MAX_DECODE_ROWS = 64
@@ -562,22 +566,33 @@ def _decode(
     if most_pieces == 1:
         return (attend,), 0
     pieces = most_pieces if most_pieces and one_by_one else programs // lanes // bounds.batch + 2
-    block_p, block_r, warps = _merge_shape(pieces, spec, rows)
+    block_v = next_power_of_2(v0 + v1)
+    if block_v > 256:
+        block_v = MERGED_COLUMNS
+    block_p, block_r, warps = _merge_shape(pieces, rows, block_v, 0 if one_by_one else bounds.batch)
     if most_pieces and not one_by_one:
         # One piece after the other, of few rows each.
-        block_p, block_r, warps = MERGED_TOGETHER, max(1, rows // 8), max(1, rows // 8)
+        many = bounds.batch > MANY_SEQUENCES
+        block_r = min(rows, 16) if many else max(1, rows // 4)
+        block_p, warps = MERGED_TOGETHER, 4 if many else min(4, block_r)
+    by_sequence = one_by_one or bounds.batch * lanes <= programs
     merge = PlannedLaunch(
         combine_kernel,
-        (bounds.batch * lanes if one_by_one else programs, rows // block_r, 1),
+        (
+            bounds.batch * lanes if by_sequence else programs,
+            rows // block_r,
+            -(-(v0 + v1) // block_v),
+        ),
         _arguments(
             combine_kernel,
             common,
             **shared,
             V=v0 + v1,
-            BLOCK_V=next_power_of_2(v0 + v1),
+            BLOCK_V=block_v,
             BLOCK_R=block_r,
             BLOCK_P=block_p,
             ONE_BY_ONE=one_by_one,
+            BY_SEQUENCE=by_sequence,
         ),
         {"num_warps": warps} | ({"launch_pdl": True} if pdl else {}),
     )
@@ -587,7 +602,8 @@ def _decode(
 def sequence_pieces(tiles: int, chunking: tuple[int, int]) -> int:
     """The most pieces of a sequence of up to `tiles`, see `line.chunk_tiles`."""
     smallest, most = chunking
-    return min(most, max(8, -(-tiles // (4 * smallest))))
+    # 11 tiles are as many pieces, as an eighth of them is rounded to one.
+    return min(most, max(11, -(-tiles // (4 * smallest))))
 
 
 def piece_slots(
@@ -616,20 +632,21 @@ def _invariant_decode(
     else:
         wanted = tuple(n for i, n in enumerate(classes) if i == 0 or most_rows > classes[i - 1])
     min_rows = None if only else 0
+    mean_rows = problem.bounds.total_q * problem.spec.q_heads_per_kv / max(1, problem.bounds.batch)
     for tile_rows in wanted:
         # Fewer rows than those of the smallest product are only stored.
         fewer = next_power_of_2(most_rows) if tile_rows == classes[0] <= 32 else tile_rows
-        steps, its_floats = _decode(
-            problem,
-            device,
-            min(tile_rows, fewer),
-            common,
-            min_rows=min_rows,
-            tile_rows=tile_rows,
-        )
-        launches += steps
-        floats = max(floats, its_floats)  # one after the other
-        min_rows = tile_rows
+        served = [min(tile_rows, fewer)]
+        if served == [32] and problem.spec.q_heads_per_kv <= 16 and mean_rows <= 16:
+            # Either number of rows has the same bits, and most sequences have the smaller one.
+            served, min_rows = [16, 32], min_rows or 0
+        for rows in served:
+            steps, its_floats = _decode(
+                problem, device, rows, common, min_rows=min_rows, tile_rows=tile_rows
+            )
+            launches += steps
+            floats = max(floats, its_floats)  # one after the other
+            min_rows = rows
     return launches, floats
 
 
@@ -650,18 +667,20 @@ def _wide_slots(problem: Problem) -> bool:
     return tokens * max(tensors.k.stride(-3), tensors.v.stride(-3)) >= 2**31
 
 
-def _merge_shape(pieces: int, spec: AttnSpec, rows: int) -> tuple[int, int, int]:
+def _merge_shape(pieces: int, rows: int, columns: int, batch: int) -> tuple[int, int, int]:
     """(partials, rows) that one program of the merge holds at once, and its warps.
 
-    About 4096 accumulators a warp; one warp needs no reductions across warps.
+    About 4096 accumulators a warp; one warp needs no reductions across warps. With many sequences
+    looking for one takes longer than merging it.
     """
     # Few sizes, so that few variants are compiled.
     block_p, warps = (16, 1) if pieces <= 16 else (32, 1) if pieces <= 64 else (64, 2)
     if rows > 16 and pieces <= 8:
         block_p = 8
-    width = next_power_of_2(sum(decode_panels(spec.head_dim_v, rows, spec.kv_dtype.itemsize)))
-    block_p = min(block_p, 4096 * warps // width)
-    return block_p, max(1, min(rows, 4096 * warps // (block_p * width))), warps
+    if batch > MANY_SEQUENCES:
+        return 8, max(1, min(rows, 8192 // (8 * columns))), 4
+    block_p = min(block_p, 4096 * warps // columns)
+    return block_p, max(1, min(rows, 4096 * warps // (block_p * columns))), warps
 
 
 def _prefill(

@@ -205,7 +205,7 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (64, 256, DecodeTile(32, 4, 2, 1)),
     ),
     "hopper float8": (
-        (16, 64, DecodeTile(128, 4, 4, 4)),
+        (16, 64, DecodeTile(128, 4, 2, 4)),
         (32, 128, DecodeTile(128, 4, 3, 2)),
         (64, 128, DecodeTile(64, 4, 3, 2)),
         (64, 128, DecodeTile(64, 4, 2, 1)),
