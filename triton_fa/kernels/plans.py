@@ -25,6 +25,7 @@ from triton_fa.kernels.decode import decode_kernel
 from triton_fa.kernels.launch import names_of
 from triton_fa.kernels.prefill import prefill_kernel
 from triton_fa.kernels.schedule import schedule_kernel
+from triton_fa.kernels.short import short_kernel
 from triton_fa.problem import Append, AttnResult, Lengths, Problem, Tensors
 from triton_fa.schedule.tiles import (
     DecodeTile,
@@ -34,7 +35,7 @@ from triton_fa.schedule.tiles import (
     decode_programs,
     latent_tile,
     next_power_of_2,
-    panels,
+    short_tile,
 )
 from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
@@ -65,6 +66,8 @@ MANY_SEQUENCES = 256
 """Batches above this are looked through by four warps."""
 PLAN_BELOW = 0.8
 """The prefill path is planned where that leaves less than this of the unplanned programs."""
+SHORT_PROGRAMS = 4
+"""The fewest programs a multiprocessor that take all rows of a sequence and kv head each."""
 MAX_DECODE_ROWS = 64
 """A sequence with at most this many query rows per kv head belongs to the decode path, where the
 chip has tiles for so many."""
@@ -194,8 +197,8 @@ class PlannedLaunch:
     grid: tuple[int, int, int]
     values: dict[str, Any]
     options: dict[str, Any]
-    key_box: tuple[int, dict[str, int]] | None = None
-    """Keys of the blocks that descriptors read, if it has any, and the columns of each."""
+    key_box: tuple[int, int, int] | None = None
+    """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
     in_pairs: bool = False
     """Whether K and V pointers are of 16 bits each for two float8 numbers."""
 
@@ -215,11 +218,10 @@ class PlannedLaunch:
             return _as_bytes(tensor)
         if self.key_box is None:
             return None
-        keys, columns = self.key_box
-        if not columns[name]:
-            return None
-        tensor = _as_bytes(given[_PLACES[f"{name[0]}_ptr"]])
-        return _descriptor(tensor, keys, columns[name])
+        keys, *dims = self.key_box
+        which = ("k_desc", "v_desc").index(name)
+        tensor = _as_bytes(given[POINTERS.index(("k_ptr", "v_ptr")[which])])
+        return _descriptor(tensor, keys, dims[which])
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +253,8 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     varlen_q = problem.tensors.seqused_q is not None
     mean_rows = -(-bounds.total_q // max(1, bounds.batch)) * spec.q_heads_per_kv
     rows = decode_rows(spec, device, most_rows, varlen_q=varlen_q, mean_rows=mean_rows)
+    if most_rows > rows and (tile := _short_tile(problem, device)):
+        return Plan((_short(problem, tile, common),), 0, 0)
     prefill: tuple[PlannedLaunch, ...] = ()
     decode: tuple[PlannedLaunch, ...] = ()
     partial_floats = plan_entries = transposed = 0
@@ -736,13 +740,8 @@ def _prefill(
             ORDERED=is_planned and bounds.batch <= _block_b(bounds.batch),
         )
         return (*launches, *(PlannedLaunch(*step) for step in steps)), counters, transposed
-    variant = dict(VARIANT)
-    d0, d1 = _prefill_panels(spec.head_dim, variant)
-    if variant["qk_split"] and not d1:
-        d0 = d1 = d0 // 2
-    v0, v1 = _prefill_panels(spec.head_dim_v, variant)
-    columns = {"k_desc": d0, "k1_desc": d1, "v_desc": v0, "v1_desc": v1}
-    described = _describable(problem, device, tile) and not variant["pointers"]
+    block_d = max(16, next_power_of_2(spec.head_dim))
+    block_dv = max(16, next_power_of_2(spec.head_dim_v))
     prefill = PlannedLaunch(
         prefill_kernel,
         (tiles * spec.num_heads_kv, 1, 1),
@@ -759,39 +758,53 @@ def _prefill(
             BLOCK_M=tile.block_m,
             HALVES=tile.halves,
             BLOCK_N=tile.block_n,
-            D0=d0,
-            D1=d1,
-            V0=v0,
-            V1=v1,
-            SUMS=variant["sums"],
-            AHEAD=variant["ahead"],
-            SPLIT_END=variant["split_end"] and described and problem.tensors.blocks is None,
-            WARP_SPECIALIZE=variant["ws"],
-            SINGLE=variant["ws"],
+            BLOCK_D=block_d,
+            BLOCK_DV=block_dv,
         ),
-        {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        | ({"maxnreg": variant["maxnreg"]} if variant["maxnreg"] else {}),
-        (tile.block_n, columns) if described else None,
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
     )
     return (*launches, prefill), 0, 0
 
 
-VARIANT: dict[str, Any] = {
-    "panels": False,
-    "sums": 0,
-    "ahead": False,
-    "split_end": False,
-    "ws": False,
-    "pointers": False,
-    "qk_split": False,
-    "maxnreg": 0,
-}
+def _short_tile(problem: Problem, device: DeviceFacts) -> PrefillTile | None:
+    """The tile of `_short`, None for calls that it does not take.
+
+    Its programs are long ones where rows are many, and few where sequences are.
+    """
+    spec, bounds, tensors = problem.spec, problem.bounds, problem.tensors
+    tile = short_tile(spec, device)
+    if tile is None or max(bounds.max_seqlen_q, bounds.max_seqlen_k) > tile.block_n:
+        return None
+    if bounds.batch * spec.num_heads_kv < SHORT_PROGRAMS * device.num_sms:
+        return None
+    if spec.batch_invariant:  # bits must not depend on how long sequences may be
+        return None
+    others = (
+        spec.page_size or None,
+        spec.score_mod,
+        spec.mask_mod,
+        tensors.append,
+        tensors.cache_leftpad,
+        tensors.cache_batch_idx,
+        tensors.scheduler_metadata,
+    )
+    return tile if all(other is None for other in others) else None
 
 
-def _prefill_panels(dim: int, variant: dict[str, Any]) -> tuple[int, int]:
-    if variant["panels"]:
-        return panels(dim, 32)
-    return max(16, next_power_of_2(dim)), 0
+def _short(problem: Problem, tile: PrefillTile, common: dict[str, Any]) -> PlannedLaunch:
+    """The launch for sequences with keys for one tile, and not many more rows."""
+    spec, bounds = problem.spec, problem.bounds
+    values = _arguments(
+        short_kernel,
+        common,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=max(16, next_power_of_2(spec.head_dim)),
+        BLOCK_DV=max(16, next_power_of_2(spec.head_dim_v)),
+    )
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return PlannedLaunch(short_kernel, (bounds.batch * spec.num_heads_kv, 1, 1), values, options)
 
 
 def _within_blocks(problem: Problem, tile: PrefillTile) -> tuple[PrefillTile, dict[str, int]]:

@@ -126,6 +126,21 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
 """Classes of chips: pairs of the widest head a tile is for and the tile, the first choice first."""
 
 
+_SHORT: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
+    "cpu": ((256, PrefillTile(32, 64, 4, 1)),),
+    # Measured (docs/log.md).
+    "hopper": ((128, PrefillTile(64, 64, 4, 2)),),
+    "blackwell": ((128, PrefillTile(64, 64, 4, 2)),),
+    "ampere": ((128, PrefillTile(64, 64, 4, 2)),),
+    "nvidia float32": (),
+    "cdna": ((128, PrefillTile(64, 64, 4, 2)),),
+    "cdna float32": (),
+    "rdna": (),
+}
+"""Tiles of programs that take all keys of a sequence at once, up to this wide a head; the rest of
+the chips, of heads and of numbers has none."""
+
+
 Choices = TypeVar("Choices")
 
 
@@ -152,6 +167,15 @@ def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillT
     choices = [t for widest, t in table if min(256, dim) <= widest and t.block_m <= most_rows]
     fitting = (c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
     return next(fitting, choices[-1])
+
+
+def short_tile(spec: AttnSpec, device: DeviceFacts) -> PrefillTile | None:
+    """The tile of sequences whose keys all fit it; None where no program may hold so many."""
+    if spec.kv_dtype.itemsize == 1:
+        return None
+    dim = max(next_power_of_2(spec.head_dim), next_power_of_2(spec.head_dim_v))
+    table = _choices(_SHORT, spec, device)
+    return next((tile for widest, tile in table if dim <= widest), None)
 
 
 def prefill_candidates(
