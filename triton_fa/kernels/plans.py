@@ -35,6 +35,7 @@ from triton_fa.schedule.tiles import (
     decode_programs,
     latent_tile,
     next_power_of_2,
+    prefill_panels,
     short_tile,
 )
 from triton_fa.spec import AttnSpec, Bounds, metadata_entries
@@ -197,8 +198,8 @@ class PlannedLaunch:
     grid: tuple[int, int, int]
     values: dict[str, Any]
     options: dict[str, Any]
-    key_box: tuple[int, int, int] | None = None
-    """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
+    key_box: tuple[int, dict[str, int]] | None = None
+    """Keys of the blocks that descriptors read, if it has any, and the columns of each."""
     in_pairs: bool = False
     """Whether K and V pointers are of 16 bits each for two float8 numbers."""
 
@@ -218,10 +219,11 @@ class PlannedLaunch:
             return _as_bytes(tensor)
         if self.key_box is None:
             return None
-        keys, *dims = self.key_box
-        which = ("k_desc", "v_desc").index(name)
-        tensor = _as_bytes(given[POINTERS.index(("k_ptr", "v_ptr")[which])])
-        return _descriptor(tensor, keys, dims[which])
+        keys, columns = self.key_box
+        if not columns[name]:
+            return None
+        tensor = _as_bytes(given[_PLACES[f"{name[0]}_ptr"]])
+        return _descriptor(tensor, keys, columns[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -740,8 +742,12 @@ def _prefill(
             ORDERED=is_planned and bounds.batch <= _block_b(bounds.batch),
         )
         return (*launches, *(PlannedLaunch(*step) for step in steps)), counters, transposed
-    block_d = max(16, next_power_of_2(spec.head_dim))
-    block_dv = max(16, next_power_of_2(spec.head_dim_v))
+    d0, d1 = prefill_panels(spec.head_dim, tile)
+    v0, v1 = prefill_panels(spec.head_dim_v, tile)
+    columns = {"k_desc": d0, "k1_desc": d1, "v_desc": v0, "v1_desc": v1}
+    described = _describable(problem, device, tile)
+    # Keys in their order; the interpreter has no descriptors, but is where the loops are tested.
+    in_order = (described or INTERPRETED) and problem.tensors.blocks is None
     prefill = PlannedLaunch(
         prefill_kernel,
         (tiles * spec.num_heads_kv, 1, 1),
@@ -758,11 +764,16 @@ def _prefill(
             BLOCK_M=tile.block_m,
             HALVES=tile.halves,
             BLOCK_N=tile.block_n,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
+            D0=d0,
+            D1=d1,
+            V0=v0,
+            V1=v1,
+            SUMS=tile.sums,
+            AHEAD=tile.ahead and in_order and not spec.page_size,
+            SPLIT_END=tile.split_end and in_order,
         ),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
+        (tile.block_n, columns) if described else None,
     )
     return (*launches, prefill), 0, 0
 

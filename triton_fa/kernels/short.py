@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_fa.kernels.prefill import load_rows, masked_scores, softmax_step, store_rows
+from triton_fa.kernels.prefill import load_rows, maximum_with, ranged_scores, store_rows
 from triton_fa.kernels.primitives import (
     NO_SCORE,
     VARYING,
@@ -17,6 +17,7 @@ from triton_fa.kernels.primitives import (
     key_span,
     query_span,
     seen_keys,
+    softcapped,
     visible_keys,
 )
 
@@ -155,28 +156,20 @@ def short_kernel(
     query_rows = seqlen_q * GROUP
     for start in tl.range(0, query_rows, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = load_rows(q_base, rows, query_rows, GROUP, HEAD_DIM, BLOCK_D)
+        q, _ = load_rows(q_base, rows, query_rows, GROUP, HEAD_DIM, BLOCK_D, 0, "", False)
         raw = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), IEEE, INTERPRETED)
         if NEGATE:
             raw = -raw
-        raw = masked_scores(
-            raw,
-            0,
-            seen_keys(rows // GROUP, offset, 0, seqlen_k, windows),
-            None,
-            scale_log2,
-            softcap_log2,
-            BLOCK_N,
-            HAS_FIRST,
-            HAS_SOFTCAP,
-            None,
-            None,
-            True,
-            IEEE,
-        )
+        if HAS_SOFTCAP:
+            raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
+        row_range = seen_keys(rows // GROUP, offset, 0, seqlen_k, windows)
+        raw = ranged_scores(raw, 0, row_range, BLOCK_N, HAS_FIRST, True)
         row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        prob, _, row_max, row_sum = softmax_step(raw, row_max, row_sum, scale_log2, HAS_SOFTCAP)
+        row_max = maximum_with(row_max, raw, scale_log2, HAS_SOFTCAP)
+        if not HAS_SOFTCAP:
+            raw *= scale_log2
+        prob = tl.exp2(raw - row_max[:, None])
+        row_sum = tl.sum(prob, 1)
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         acc = dot(prob.to(v.dtype), v, acc, IEEE, INTERPRETED)
         store_rows(
@@ -188,8 +181,12 @@ def short_kernel(
             row_max,
             row_sum,
             acc,
+            acc,
+            None,
             GROUP,
             HEAD_DIM_V,
             BLOCK_DV,
+            0,
+            0,
             HAS_LSE,
         )
