@@ -19,6 +19,8 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "imports"]
 
 CONSTRAINTS = ("-c", "constraints.txt")
+# With one of these a run of the harness is not divided, also as --shard=1/2.
+ALONE = ("--output", "--shard", "--plan-only", "--help")
 # The tests run in parallel processes; one thread each keeps those from fighting over the cores.
 TEST_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -141,8 +143,7 @@ def run_parity_on_all_gpus(session: nox.Session, *arguments: str) -> None:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
         gpus = [str(index) for index in range(listed.stdout.count("GPU "))]
     command = ["python", "-m", "parity_tests", *arguments]
-    alone = ("--output", "--shard", "--plan-only", "--help")  # also as --shard=1/2
-    if len(gpus) <= 1 or any(argument.startswith(alone) for argument in arguments):
+    if len(gpus) <= 1 or any(argument.startswith(ALONE) for argument in arguments):
         session.run(*command, external=True)
         return
     folders = [f"parity-report/share-{i}" for i in range(1, len(gpus) + 1)]
@@ -171,8 +172,22 @@ def parity_gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def parity_soak(session: nox.Session) -> None:
-    """20000 generated cases on all GPUs; another seed with ``-- --soak 20000 --seed 1``."""
-    run_parity_on_all_gpus(session, *(session.posargs or ["--soak", "20000"]))
+    """20000 generated cases on all GPUs; another seed with ``-- --soak 20000 --seed 1``.
+
+    A session that was stopped goes on where it was. ``-- --soak 20000 --shard 1/4`` runs a share.
+    """
+    asked = session.posargs or ["--soak", "20000"]
+    command = ("python", "-m", "parity_tests", *asked)
+    if any(argument.startswith(ALONE) for argument in asked):
+        session.run(*command, external=True)
+        return
+    folder, count = "parity-report/shares", 400
+    options = ("--output", folder, "shares", "--count", str(count))
+    session.run(*command, *options, external=True, success_codes=[0, 1])  # merging says which
+    reports = [f"{folder}/{index}/parity.json" for index in range(1, count + 1)]
+    lenient = [argument for argument in asked if argument == "--no-strict-known"]
+    joint = ("merge", *reports, "--output", "parity-report", *lenient)
+    session.run("python", "-m", "parity_tests", *joint, external=True)
 
 
 @nox.session(venv_backend="none", default=False)

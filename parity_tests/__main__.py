@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from rich.markup import escape
 
 if TYPE_CHECKING:
     from parity_tests.cases import Case
+    from parity_tests.device import Device
+    from parity_tests.pool import Shares
     from parity_tests.runners import Outcome
     from parity_tests.suite import Options, Run
     from parity_tests.workers import State, Worker
@@ -151,12 +154,7 @@ def main(
     report = importlib.import_module("parity_tests.report")
     workers = importlib.import_module("parity_tests.workers")
 
-    if generated is None:
-        generated = GENERATED_INTERPRETED if device.interpreted else GENERATED_ON_GPU
-    vers = tuple(int(ver) if ver.isdigit() else ver for ver in dict.fromkeys(backends))
-    chosen = suite.Options(
-        device=device, generated=generated, seed=seed, vers=vers or suite.VERS, **options
-    )
+    chosen = _options(device, generated=generated, seed=seed, backends=backends, **options)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if plan_only:
         _describe(suite.plan(chosen), console)
@@ -186,6 +184,107 @@ def main(
     passed, sentence = run.verdict()
     console.print(f"[{'bold green' if passed else 'bold red'}]{escape(sentence)}[/]")
     sys.exit(0 if passed else 1)
+
+
+def _options(
+    device: "Device", generated: int | None, backends: tuple[str, ...], **options: Any
+) -> "Options":
+    """What was asked for, as a run takes it."""
+    suite = importlib.import_module("parity_tests.suite")
+    if generated is None:
+        generated = GENERATED_INTERPRETED if device.interpreted else GENERATED_ON_GPU
+    vers = tuple(int(ver) if ver.isdigit() else ver for ver in dict.fromkeys(backends))
+    chosen: Options = suite.Options(
+        device=device, generated=generated, vers=vers or suite.VERS, **options
+    )
+    return chosen
+
+
+@main.command("shares")
+@click.option("--count", type=click.IntRange(1), default=400, show_default=True, help="Shares.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    show_default=True,
+    help="Processes that take one share after another, on all visible GPUs.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=float("inf"),
+    help="Stop after this time, within a case's. The same command goes on from there.",
+)
+@click.option("--place", type=int, hidden=True)
+@click.option("--until", type=float, hidden=True)
+@click.pass_context
+def run_all_shares(
+    context: click.Context,
+    count: int,
+    processes: int,
+    seconds: float,
+    place: int | None,
+    until: float | None,
+) -> None:
+    """Run all shares of the run that the options before this command ask for.
+
+    Each share has a report, OUTPUT/1/parity.json and on, as soon as it is complete; a call that was
+    stopped or killed goes on where it was. `merge` makes one report of them. Exits with 1 if
+    anything failed or is left to run.
+    """
+    assert context.parent is not None, "a command of the group"
+    given = dict(context.parent.params)
+    for name, unset in (
+        ("shard", (1, 1)),
+        ("plan_only", False),
+        ("repro", False),
+        ("worker", None),
+    ):
+        if given.pop(name) != unset:
+            raise click.UsageError(f"--{name.replace('_', '-')} does not go with shares")
+    folder, device_name = given.pop("output"), given.pop("device_name")
+    device_module = importlib.import_module("parity_tests.device")
+    try:
+        device = device_module.settle(device_name)
+    except RuntimeError as error:
+        raise click.ClickException(str(error)) from error
+    pool = importlib.import_module("parity_tests.pool")
+    options, shares = _options(device, **given), pool.Shares(folder, count)
+    command = shlex.join(["python", "-m", "parity_tests", *sys.argv[1:]])
+    if place is not None:
+        assert until is not None, "given by the parent"
+        end_with_parent()
+        sys.exit(pool.run_shares(shares, options, place, until, command))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        shares.check(options)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    until = time.time() + seconds
+    again = (sys.executable, "-m", "parity_tests", *sys.argv[1:], "--until", str(until), "--place")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    pool.Pool(
+        shares,
+        options,
+        start=lambda place: pool.start_process((*again, str(place)), place, folder),
+        until=until,
+        say=lambda text: console.print(f"[bold red]{escape(text)}[/]"),
+    ).go(processes)
+    sys.exit(_sum_up(shares, console))
+
+
+def _sum_up(shares: "Shares", console: Console) -> int:
+    """Say what became of the shares; the exit status."""
+    suite = importlib.import_module("parity_tests.suite")
+    outcomes = shares.outcomes()
+    failures = [outcome for outcome in outcomes if outcome.is_failure]
+    for outcome in failures:
+        console.print(escape(outcome.describe()))
+    for ver, counts in suite.tally(outcomes).items():
+        console.print(f"{ver}: " + ", ".join(f"{n} {word}" for word, n in counts.items()))
+    left = len(shares.left)
+    console.print(f"{shares.count - left} of {shares.count} shares are complete")
+    return 1 if failures or left else 0
 
 
 @main.command("merge")

@@ -45,12 +45,15 @@ LUCKY_ROWS = 16
 # exp2: below 2**-20 relative to the weights. It is part of the mean, and of the maximum over few
 # rows: over many of them the baseline has rounded badly somewhere too.
 FLOAT32_EXP2 = 2.0**-20
-# float32 with over 128 products a score: it is a sum of n of them; each addition rounds the sum
-# so far by 2**-24 / 3**0.5 (rms) of itself. For products of size 1 and random sign that makes
-# 2**-24 * n / 6**0.5 in the sum, times the scale in the exponent; the largest over some thousands
-# of scores is four times as much, relative to the weights. One thread adds all n in a GPU's
-# float32 product; PyTorch's adds them in pieces and errs less. TF32 errs a hundred times more.
-FLOAT32_LONG_SUM = 4 * 2.0**-24 / 6**0.5
+# float32 only: a GPU's product is a sum of n terms in one thread. Each addition rounds the sum so
+# far by 2**-24 / 3**0.5 of itself (rms). Of terms of random sign it grows as the square root of
+# their number, so it ends up off by 2**-24 * (n / 6)**0.5 of its own size; the largest of many
+# thousands is off four times as much.
+# Values: n keys make a row of the result, of whatever size. Scores: n = head_dim products make
+# n**0.5 (c / 4 times that with a softcap c: queries are so much larger), times the scale. A result
+# is off by no more than its largest value times that: two keys share the weight, both at the end of
+# their range. PyTorch's product adds in pieces and errs by a third of it. TF32 errs 30 times more.
+FLOAT32_SUM = 4 * 2.0**-24 / 6**0.5
 # A rotation is computed in float32: two products and their sum, each rounded by 2**-24 of itself.
 # With M the largest of the rotated dims, none of the three is above 1.5 * M: below 2**-21 * M
 # together, also where the terms cancel. Rounding to the cache's dtype can then end on either side
@@ -134,9 +137,11 @@ def _floors(case: Case, ref: Tensor) -> tuple[float, float]:
         scored = case.head_dim
         if case.qv:
             scored = case.head_dim_v + (0 if case.only_qv else case.head_dim)
-        if scored > 128:
-            scale = scored**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
-            max_floor += FLOAT32_LONG_SUM * scored * scale * ref.abs().max().item()
+        scale = scored**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
+        size = case.softcap / 4 if case.softcap > 0 else 1.0
+        max_floor += FLOAT32_SUM * scored * scale * size * ref.abs().max().item()
+        row_size = ref.square().mean(-1).sqrt().max().item()
+        max_floor += FLOAT32_SUM * max(case.keys) ** 0.5 * row_size
     return max_floor, mean_floor
 
 

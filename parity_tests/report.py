@@ -191,16 +191,23 @@ def write(run: Run, folder: Path, command: str) -> tuple[Path, Path]:
 
 
 def save(data: dict[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write a report's plain values as both files; each outcome is a line of the first."""
+    """Write a report's plain values as both files."""
+    json_path, html_path = save_json(data, folder), folder / "parity.html"
+    html_path.write_text(render(data), encoding="utf-8")
+    return json_path, html_path
+
+
+def save_json(data: dict[str, Any], folder: Path) -> Path:
+    """Write a report's plain values, each outcome as a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    json_path, html_path = folder / "parity.json", folder / "parity.html"
+    path = folder / "parity.json"
     plain = _without_nan(data)
     text = json.dumps(plain | {"outcomes": []}, indent=1, allow_nan=False)
     rows = ",\n".join(json.dumps(row, allow_nan=False) for row in plain["outcomes"])
     text = text.replace('"outcomes": []', f'"outcomes": [\n{rows}\n ]')
-    json_path.write_text(text + "\n", encoding="utf-8")
-    html_path.write_text(render(data), encoding="utf-8")
-    return json_path, html_path
+    part = folder / "parity.part"
+    part.write_text(text + "\n", encoding="utf-8")
+    return part.replace(path)  # never half of a report
 
 
 def render(data: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ T = TypeVar("T")
 # Which entry the specs of a run are for, in turn: decode matters most, dense least.
 TURNS = ("kvcache", "varlen", "dense", "kvcache", "varlen", "kvcache", "varlen", "kvcache")
 TILES = (16, 32, 64, 128)  # rows and keys that kernels take at a time
-SOAK_VARIANTS = 320  # specs of a soak: each is some compilations
+SOAK_VARIANTS = 320  # specs of a soak
+SOAK_LAUNCHES = 4  # ways to launch the cases of each: a way is some compilations
 ATTEMPTS = 10_000  # draws for one case
 
 
@@ -195,14 +196,24 @@ def _q_length(pick: Random, scale: Scale, cached: bool) -> int:
 
 
 def draw_case(
-    pick: Random, chosen: Spec, scale: Scale, wanted: Wanted = None, seed: int = 0
+    pick: Random,
+    chosen: Spec,
+    scale: Scale,
+    wanted: Wanted = None,
+    seed: int = 0,
+    like: Case | None = None,
 ) -> Case:
-    """A legal case of this spec; `wanted` is what the spec was drawn for."""
+    """A legal case of this spec; `wanted` is what the spec was drawn for.
+
+    Its batch and whatever the host knows besides are those of `like`, a case of the spec, if given.
+    """
     cached, paged = chosen.entry == "kvcache", chosen.kv_layout == "paged"
-    batch = pick.randint(1, scale.batch)
+    batch = pick.randint(1, scale.batch) if like is None else like.batch
     splits: tuple[int | None, ...] = (None, None, 0, 1, 3)
     if wanted is not None:
         splits = (2, 3, 7) if "num_splits" in wanted else (None, 0, 1)
+    if like is not None:
+        splits = (like.num_splits,)
 
     def k_length() -> int:
         return _length(pick, (*TILES, max(1, chosen.page_size)), scale.seqlen_k)
@@ -214,7 +225,9 @@ def draw_case(
 
     pad_q = pick.choice((0, 0, 3)) if chosen.entry == "varlen" else 0
     lengths = pick.choice(("tensor", "tensor", "int", "none"))
-    if not cached or (lengths == "none" and (paged or chosen.append)):
+    if like is not None:
+        pad_q, lengths = like.pad_q, like.lengths
+    elif not cached or (lengths == "none" and (paged or chosen.append)):
         lengths = "tensor"
 
     def several(length: Callable[[], int], ragged: bool) -> tuple[int, ...]:
@@ -261,18 +274,19 @@ def draw_case(
         shared_prefix=paged and not chosen.leftpad and pick.choice((False, True)),
         seed=seed,
     )
-    return _at_positions(pick, case) if chosen.rotary_dim else case
+    return _at_positions(pick, case, like) if chosen.rotary_dim else case
 
 
 _SPEC_FIELDS = tuple(field.name for field in fields(Spec))
 
 
-def _at_positions(pick: Random, case: Case) -> Case:
+def _at_positions(pick: Random, case: Case, like: Case | None) -> Case:
     """The case with positions to rotate at, and angles that may end before them."""
     least = case.capacity if case.kv_layout == "paged" else pick.randint(0, case.capacity)
     starts = tuple(pick.randint(0, 2 * case.capacity) for _ in range(case.batch))
+    given = pick.choice((False, True)) if like is None else bool(like.rotary_seqlens)
     return case.with_changes(
-        rotary_seqlens=pick.choice(((), starts)),
+        rotary_seqlens=starts if given else (),
         rotary_rows=pick.choice((0, 0, max(1, least))),
     )
 
@@ -315,11 +329,13 @@ def soak(count: int, seed: int, scale: Scale, variants: int = SOAK_VARIANTS) -> 
     """`count` different cases over at most `variants` specs, the first as those of `pairwise`.
 
     Each spec has an equal share of the cases, so each pair of features has one share at least.
+    The cases of a spec are launched in SOAK_LAUNCHES ways: compiling takes longer than running.
     """
     pick = Random(seed)
     asked = _covering(seed)
     asked += _in_turn(variants - len(asked))
-    return _spread(pick, count, _specs(pick, scale, asked[:count]), scale, seed * 100_003)
+    specs = _specs(pick, scale, asked[:count])
+    return _spread(pick, count, specs, scale, seed * 100_003, SOAK_LAUNCHES)
 
 
 Asked = tuple[str, Wanted]  # an entry and what else a spec is drawn for
@@ -345,23 +361,57 @@ def _specs(pick: Random, scale: Scale, asked: list[Asked]) -> dict[Spec, Wanted]
 
 
 def _spread(
-    pick: Random, count: int, specs: dict[Spec, Wanted], scale: Scale, seed: int
+    pick: Random,
+    count: int,
+    specs: dict[Spec, Wanted],
+    scale: Scale,
+    seed: int,
+    launches: int | None = None,
 ) -> list[Case]:
-    """`count` different cases, spread evenly over the specs; their seeds follow each other."""
+    """`count` different cases, spread evenly over the specs; their seeds follow each other.
+
+    With `launches`, those of a spec are launched in so many ways at most.
+    """
     found: dict[Case, None] = {}  # as drawn, all with seed 0: in order, and no two alike
     for index, (spec, wanted) in enumerate(specs.items()):
         share = -(-(count - len(found)) // (len(specs) - index))
+        first: list[Case] = []
         for _ in range(share):
-            found[_another(pick, spec, scale, wanted, found)] = None
+            like = first[len(found) % launches] if launches and len(first) == launches else None
+            case = _another(pick, spec, scale, wanted, found, like)
+            first += [case] if like is None else []
+            found[case] = None
     return [replace(case, seed=seed + i) for i, case in enumerate(found)]
 
 
+def launch(case: Case) -> tuple[Any, ...]:
+    """What kernels are compiled for besides the spec: what the host sees of the lengths, roughly.
+
+    Numbers of rows count by their next power of two. With more than 64 a sequence is on another
+    path, which has no use for them, but for calls with qv, whose lanes they make.
+    """
+    group = case.heads_q // case.heads_kv
+    allotted = [n + case.pad_q for n in case.seqlens_q]
+    bound = max(allotted) + (case.max_q_slack if case.q_layout == "packed" else 0)
+    rows = bound * group
+    mean = -(-sum(allotted) // case.batch) * group if rows <= 64 else 65
+    most = 16 if case.qv else 7
+    return (bound == 1, *(min(most, max(0, n - 1).bit_length()) for n in (rows, mean)))
+
+
 def _another(
-    pick: Random, spec: Spec, scale: Scale, wanted: Wanted, found: Container[Case]
+    pick: Random,
+    spec: Spec,
+    scale: Scale,
+    wanted: Wanted,
+    found: Container[Case],
+    like: Case | None = None,
 ) -> Case:
     """A case that is not among those found, with the wanted features and keys to see them by."""
     for _ in range(ATTEMPTS):
-        case = draw_case(pick, spec, scale, wanted)
+        case = draw_case(pick, spec, scale, wanted, like=like)
+        if like is not None and launch(case) != launch(like):
+            continue
         shown = wanted is None or (features.of(case) - {"paged"} == wanted and min(case.keys) > 8)
         if shown and case not in found:
             return case

@@ -58,7 +58,8 @@ def plan(options: Options) -> list[Case]:
         cases += strategies.pairwise(options.seed, scale)
         cases += strategies.generate(options.generated, options.seed, scale, options.variants)
     chosen = [case for case in cases if options.pattern.lower() in case.label.lower()]
-    return _share(chosen, *options.shard)
+    index, count = options.shard
+    return shares(chosen, count)[index - 1]
 
 
 def own_cases(options: Options) -> list[Case]:
@@ -71,10 +72,14 @@ def own_cases(options: Options) -> list[Case]:
     ]
 
 
-def _share(cases: list[Case], index: int, count: int) -> list[Case]:
-    """Whole specs, so that no two shares compile the same kernels."""
-    mine = {*list(dict.fromkeys(case.spec for case in cases))[index - 1 :: count]}
-    return [case for case in cases if case.spec in mine]
+def shares(cases: list[Case], count: int) -> list[list[Case]]:
+    """The cases in so many parts: whole specs, so that no two parts compile the same kernels."""
+    specs = [case.spec for case in cases]
+    place = {spec: index % count for index, spec in enumerate(dict.fromkeys(specs))}
+    found: list[list[Case]] = [[] for _ in range(count)]
+    for case, spec in zip(cases, specs, strict=True):
+        found[place[spec]].append(case)
+    return found
 
 
 @dataclass
@@ -99,19 +104,27 @@ class Run:
         cases: list[Case],
         before: Before = lambda case, ver: None,
         after: Callable[[Outcome], None] = lambda outcome: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         """Run every case on every backend, but no pair again, and nothing once CUDA is lost.
 
-        `before` is told the pair that is about to run, or (case, None) for its exact result.
+        `before` is told the pair that is about to run, or (case, None) for its exact result;
+        `stop` is asked before each case.
         """
-        done = {(outcome.case, outcome.ver) for outcome in self.outcomes}
-        for case in cases:
-            vers = tuple(ver for ver in self.options.vers if (case, ver) not in done)
-            for outcome in self._run_case(case, vers, before) if vers else ():
+        left: dict[Case, list[Ver]] = {}
+        for case, ver in self.left(cases):
+            left.setdefault(case, []).append(ver)
+        for case, vers in left.items():
+            if self.context_lost or stop():
+                return
+            for outcome in self._run_case(case, tuple(vers), before):
                 self.outcomes.append(outcome)
                 after(outcome)
-            if self.context_lost:
-                return
+
+    def left(self, cases: list[Case]) -> list[tuple[Case, Ver]]:
+        """The pairs of case and backend that have no outcome yet."""
+        done = {(outcome.case, outcome.ver) for outcome in self.outcomes}
+        return [(c, ver) for c in cases for ver in self.options.vers if (c, ver) not in done]
 
     def _run_case(self, case: Case, vers: tuple[Ver, ...], before: Before) -> Iterator[Outcome]:
         before(case, None)

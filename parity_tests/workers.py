@@ -81,14 +81,19 @@ class State:
         part.replace(self._file(name))
 
 
-def work(state: State, run: Run, after: Callable[[Outcome], None] = lambda outcome: None) -> None:
+def work(
+    state: State,
+    run: Run,
+    after: Callable[[Outcome], None] = lambda outcome: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Run, in this process, the planned pairs that have no outcome yet."""
 
     def keep(outcome: Outcome) -> None:
         state.add(outcome)
         after(outcome)
 
-    run.go(state.plan() or [], before=state.note, after=keep)
+    run.go(state.plan() or [], before=state.note, after=keep, stop=stop)
 
 
 def supervise(
@@ -109,11 +114,10 @@ def supervise(
         cases = state.plan()
         if cases is None:
             return status or 1
-        for outcome in _died_on(state, run.options.vers, status) if status else ():
+        for outcome in died_on(state, run.options.vers, status) if status else ():
             state.add(outcome)
         run.outcomes = state.outcomes()
-        done = {(outcome.case, outcome.ver) for outcome in run.outcomes}
-        left = [(c, ver) for c in cases for ver in run.options.vers if (c, ver) not in done]
+        left = run.left(cases)
         if not left:
             break
         if len(run.outcomes) == known:
@@ -132,7 +136,7 @@ def supervise(
     return 0
 
 
-def _died_on(state: State, vers: tuple[Ver, ...], status: int) -> list[Outcome]:
+def died_on(state: State, vers: tuple[Ver, ...], status: int) -> list[Outcome]:
     """The outcomes of the pair in which a worker ended, none if that has an outcome."""
     culprit = state.running()
     if culprit is None:

@@ -584,6 +584,12 @@ def language() -> types.SimpleNamespace:
     return types.SimpleNamespace(**given)
 
 
+def function(given: Any) -> Any:
+    """A jitted function of a caller's, over the language of this module."""
+    names = given.fn.__globals__ | {"tl": language()}
+    return types.FunctionType(given.fn.__code__, names, given.fn.__name__)
+
+
 def emulated(module: types.ModuleType, shared: dict[str, Any]) -> dict[str, Any]:
     """The functions of a module of kernels, over `shared` in place of the language."""
     names: dict[str, Any] = {"__builtins__": __builtins__}

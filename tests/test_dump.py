@@ -58,7 +58,7 @@ def fail_launches(patch: pytest.MonkeyPatch, error: Exception) -> None:
         raise error
 
     patch.setattr(Launch, "__call__", call)
-    patch.setattr(Launch, "_direct_launcher", lambda *_: None)
+    patch.setattr(Launch, "_submittable", lambda *_: None)
 
 
 def failing(patch: pytest.MonkeyPatch, given: Arguments, error: Exception) -> list[Path]:

@@ -613,6 +613,25 @@ def test_fa3_turns_by_the_bound_that_was_stated(fake: Fake, stated: int, passed:
     assert fake.last["max_seqlen_q"] == passed
 
 
+@pytest.mark.parametrize("also", [{"window_size": (5, 20)}, {"attention_chunk": 3}], ids=str)
+def test_fa3_gets_no_bound_above_what_the_cache_holds(fake: Fake, also: dict[str, Any]) -> None:
+    """It refuses such a bound; the left side or chunks move the positions without it."""
+    given = appending(q=half(4, 4, 16), causal=False, **{"window_size": (-1, 20)} | also)
+    KVCACHE(**given, cu_seqlens_q=ints(0, 2, 4), max_seqlen_q=1000, ver=3)
+    assert fake.last["max_seqlen_q"] == 4
+
+
+def test_fa3_that_would_need_such_a_bound_is_not_asked(fake: Fake) -> None:
+    given = appending(q=half(4, 4, 16), causal=False, cu_seqlens_q=ints(0, 2, 4))
+    with pytest.raises(UnsupportedError, match="expected at most the cache's 12 keys"):
+        KVCACHE(**given, window_size=(-1, 20), max_seqlen_q=1000, ver=3)
+    KVCACHE(**given, window_size=(-1, 10), max_seqlen_q=1000, ver=3)
+    assert fake.last["max_seqlen_q"] == 12
+    given |= {"q": half(1, 4, 16), "cu_seqlens_q": ints(0, 0, 1)}  # at its own position anyway
+    KVCACHE(**given, window_size=(-1, 20), max_seqlen_q=1000, ver=3)
+    assert fake.last["max_seqlen_q"] == 1
+
+
 def test_fa3_without_anything_to_do_it_with_is_not_asked_to_append_or_rotate(fake: Fake) -> None:
     with pytest.raises(UnsupportedError, match="k: nothing is appended where q has no token"):
         KVCACHE(**appending(q=half(2, 0, 4, 16)), ver=3)

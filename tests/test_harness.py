@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -497,15 +498,63 @@ def test_what_is_wrong_with_a_cache_is_a_failure(case: Case, name: str) -> None:
     assert says in "; ".join(outcome.reasons)
 
 
-@pytest.mark.parametrize("head_dim", [128, 192, 256])
-def test_tf32_is_no_float32_however_long_the_sums(head_dim: int) -> None:
-    """Products of 11 bits in scores fail, whatever long sums of float32 may be off."""
-    case = CASE.with_changes(dtype="float32", head_dim=head_dim, head_dim_v=head_dim)
+def test_a_float32_sum_of_one_thread_is_float32() -> None:
+    """Sums that add one product after the other are inside, though PyTorch's are nearer."""
+    case = Case(
+        entry="varlen",
+        dtype="float32",
+        heads_q=1,
+        heads_kv=1,
+        head_dim=96,
+        head_dim_v=96,
+        q_layout="packed",
+        kv_layout="packed",
+        page_size=0,
+        seqlens_q=(200,),
+        seqlens_k=(3000,),
+    )
+    prepared = Prepared.of(case, "cpu")
+
+    def added(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(a.shape[0], b.shape[1])
+        for column, row in zip(a.double().t(), b.double(), strict=True):
+            total = (total.double() + column[:, None] * row).float()
+        return total
 
     def call(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
-        q = arguments["q"]
-        cut = (q.view(torch.int32) + (1 << 12) & -(1 << 13)).view(torch.float32)
-        return exact(case, arguments | {"q": cut})
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: Any, *_: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            scores = added(q[:, 0], k[:, 0].t()) * rules.softmax_scale
+            lse = scores.logsumexp(-1, keepdim=True)
+            return added((scores - lse).exp(), v[:, 0])[:, None], lse.t()
+
+        return exact(case, arguments | {"attend": attend})
+
+    measured = run_backend(prepared, "triton", call)
+    assert measured.verdict == AGREES, measured.describe()
+    assert measured.measures.max_ratio > 1.3
+
+
+@pytest.mark.parametrize("seqlen_k", [40, 1500])
+@pytest.mark.parametrize("name", ["q", "v_cache"])
+@pytest.mark.parametrize(("head_dim", "softcap"), [(64, 0.0), (128, 50.0), (256, 0.0)])
+def test_tf32_is_no_float32_however_long_the_sums(
+    head_dim: int, softcap: float, name: str, seqlen_k: int
+) -> None:
+    """Products of 11 bits fail, whatever long sums of float32 may be off."""
+    case = CASE.with_changes(
+        dtype="float32",
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        seqlens_k=(seqlen_k,) * CASE.batch,
+        softcap=softcap,
+    )
+
+    def call(case: Case, arguments: dict[str, Any], _ver: Any) -> Any:
+        exact_bits = arguments[name].contiguous().view(torch.int32)
+        cut = (exact_bits + (1 << 12) & -(1 << 13)).view(torch.float32)
+        return exact(case, arguments | {name: cut})
 
     assert judged(case).verdict == AGREES
     prepared = Prepared.of(case, "cpu")
@@ -1059,6 +1108,19 @@ def test_a_soak_follows_the_seed(scale: strategies.Scale) -> None:
     assert first == strategies.soak(500, 3, scale)
     other = strategies.soak(500, 4, scale)
     assert not {case.identity() for case in first} & {case.identity() for case in other}
+
+
+def test_the_cases_of_a_spec_are_launched_in_few_ways() -> None:
+    ways: dict[Any, set[Any]] = defaultdict(set)
+    lengths: dict[Any, set[Any]] = defaultdict(set)
+    for case in strategies.soak(4000, 2, strategies.FULL, 60):
+        known = (case.batch, case.lengths, case.num_splits, case.pad_q, bool(case.rotary_seqlens))
+        ways[case.spec].add((known, strategies.launch(case)))
+        lengths[case.spec].add((case.seqlens_q, case.seqlens_k))
+    assert max(map(len, ways.values())) == strategies.SOAK_LAUNCHES
+    assert min(map(len, lengths.values())) > 40
+    one, other = (CASE.with_changes(seqlens_q=n, seqlens_k=n) for n in ((1, 1), (9, 100)))
+    assert strategies.launch(one) != strategies.launch(other)
 
 
 @pytest.mark.parametrize("asked", [{"generated": 10}, {"soak": 400}], ids=str)

@@ -9,9 +9,11 @@ import functools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -36,13 +38,13 @@ from parity_tests.cases import Case
 from parity_tests.runners import Prepared, limits_of
 from tests import gluon_on_cpu
 from tests.portability.binary import SASS, cuobjdump, edges, sass
-from tests.portability.cases import mixed, prefill
+from tests.portability.cases import causal_mask, key_blocks, mixed, prefill
 from tests.portability.compiler import planning_for
 from tests.portability.targets import TARGETS
 from triton_fa import api
 from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
-from triton_fa.kernels import hopper_plans, plans, primitives
+from triton_fa.kernels import hopper_plans, plans, primitives, submit
 from triton_fa.kernels.compat import TRITON_VERSION
 from triton_fa.kernels.transpose import transpose_kernel
 from triton_fa.problem import Problem
@@ -89,6 +91,10 @@ def emulated(kernel: hopper_plans.Described, grid: tuple[int, int, int]) -> Call
             value = named[name]
             if isinstance(value, torch.Tensor):
                 return gluon_on_cpu.Pointer(flat(value))
+            if isinstance(value, tuple):
+                return tuple(gluon_on_cpu.Pointer(flat(tensor)) for tensor in value)
+            if hasattr(value, "fn"):
+                return gluon_on_cpu.function(value)
             return gluon_on_cpu.Tensor(value) if isinstance(value, int | float) else value
 
         arrays: dict[int, np.ndarray] = {}
@@ -108,6 +114,11 @@ launched: list[tuple[int, int, int]] = []
 @pytest.fixture
 def on_hopper(fresh: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls are planned for Hopper, and prefill runs on its kernel, or an emulation of it."""
+    yield from served(fresh)
+
+
+def served(fresh: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `on_hopper` does."""
     fresh.setenv("TRITON_FA_HOPPER", "1")
     if torch.cuda.is_available():
         if torch.cuda.get_device_capability() != (9, 0):
@@ -124,6 +135,8 @@ def on_hopper(fresh: pytest.MonkeyPatch) -> Iterator[None]:
         fresh.setattr("triton_fa.device.facts", lambda device: facts)
         fresh.setattr(hopper_plans, "INTERPRETED", False)
         fresh.setattr(hopper_plans.Described, "__getitem__", emulated)
+        # Functions of the caller's are made for the interpreter here.
+        fresh.setattr(hopper_plans, "fault_of", lambda *given: "")
     launched.clear()
     yield
     assert launched, "the Hopper kernel was not chosen"
@@ -623,33 +636,46 @@ def test_it_is_chosen_on_versions_it_was_run_on(fresh: pytest.MonkeyPatch) -> No
     assert hopper_plans.unavailable(H200) == "ImportError: no such name"
 
 
-def test_addresses_become_descriptors_once() -> None:
-    """Triton 3.6's launcher takes a tensor map, sizes and strides in place of a descriptor."""
+def test_addresses_become_tensor_maps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 passes a tensor map, sizes and strides in place of a descriptor."""
     view = hopper_plans.View(0, (1, 2, 3, 4, 5), (50, 40, 30, 20, 1), (1, 1, 1, 8, 64), torch.half)
     views = [view, None, dataclasses.replace(view, tensor=2)]
     kernel = hopper_plans.Described(hopper.hopper_kernel, (*hopper_plans.TENSORS, "v_ptr"), views)
-    launched, made = [], []
+    made = []
 
     def expand(descriptor: Any, meta: str) -> list[Any]:
         made.append((descriptor.base.data_ptr(), meta))
-        return [f"map {made[-1]}", *descriptor.shape, *descriptor.strides]
+        assert (descriptor.shape, descriptor.strides) == (view.shape, view.strides)
+        return [holders[len(made) - 1], *descriptor.shape, *descriptor.strides]
 
-    names: dict[str, Any] = {"_BASE_ARGS_FORMAT_LEN": 13, "make_tensordesc_arg": expand}
-    source = """
-def wrap(launcher):
-    def inner(*given):
-        return launcher(make_tensordesc_arg, _BASE_ARGS_FORMAT_LEN)
-    return inner
-"""
-    exec(source, names)  # as in triton/backends/nvidia/driver.py
-    launch = kernel._launcher(names["wrap"](lambda *given: launched.append(given)), "ab")
-    base = tuple(f"base {i}" for i in range(13))
-    for q in (160, 160, 320):
-        launch(*base, 16, q, 32, 48, "rest", 7)
-    numbers = (1, 2, 3, 4, 5, 50, 40, 30, 20, 1)
-    first, second = "map (16, 'a')", "map (32, 'b')"
-    assert launched == [(*base, first, *numbers, None, second, *numbers, "rest", 7)] * 3
-    assert made == [(16, "a"), (32, "b")]
+    holders = [object() for _ in range(3)]
+    like_tritons = types.SimpleNamespace(__basicsize__=256)  # the map is in its last bytes
+    nvidia = types.SimpleNamespace(make_tensordesc_arg=expand)
+    monkeypatch.setitem(sys.modules, "triton.backends.nvidia.driver", nvidia)
+    types_of = ("tensordesc<fp16>", "constexpr", "tensordesc<fp16>", "*fp32", "constexpr", "i32")
+    given = ("out_ptr", "q_ptr", "k_ptr", "v_ptr", "lse_ptr", None, 7)
+    passed = kernel.described_parameters(types_of, given, "ab")
+    assert passed is not None
+    numbers = [struct.pack("<i", n) for n in view.shape] + [
+        struct.pack("<q", n) for n in view.strides
+    ]
+    first, second = passed[0], passed[11]
+    assert isinstance(first, submit.TensorMap)
+    assert isinstance(second, submit.TensorMap)
+    want = [first, *numbers, second, *numbers, "lse_ptr", struct.pack("<i", 7)]
+    assert passed == want
+    assert (first.tensor, second.tensor) == ("out_ptr", "k_ptr")
+    monkeypatch.setattr(hopper_plans, "id", lambda holder: 1024 * holders.index(holder), False)
+    monkeypatch.setattr(hopper_plans, "type", lambda holder: like_tritons, False)
+    assert [first.of(address) for address in (16, 32, 16)] == [
+        (128, holders[0]),
+        (1024 + 128, holders[1]),
+        (128, holders[0]),
+    ]
+    assert second.of(16) == (2048 + 128, holders[2])
+    assert made == [(16, "a"), (32, "a"), (16, "b")]
+    other = ("tensordesc<fp16>", "constexpr", "tensordesc<fp16>", "fp16", "constexpr", "i32")
+    assert kernel.described_parameters(other, given, "ab") is None
 
 
 # ---------------------------------------------------------------- what only a GPU can show
@@ -864,6 +890,7 @@ COMPILED: dict[str, Callable[[], object]] = {
     "160": prefill(dim=160),
     "192": prefill(dim=192),
     "256-full": prefill(dim=256, causal=False),
+    "128-blocks": prefill(mask_mod=causal_mask, block_sparse_tensors=key_blocks(256), causal=False),
     "64-e4m3": prefill(dim=64, dtype=torch.float8_e4m3fn),
     "96-e4m3": prefill(dim=96, dtype=torch.float8_e4m3fn),
     "128-e4m3": prefill(dtype=torch.float8_e4m3fn, q_descale=DESCALE, k_descale=DESCALE),
@@ -872,7 +899,7 @@ COMPILED: dict[str, Callable[[], object]] = {
 }
 PRODUCTS = {"HGMMA", "QGMMA"}  # of 16 and of 8 bits
 INSTRUCTIONS = {"128": 500, "64-window-softcap": 800, "96-page-16": 560, "256-full": 500}
-INSTRUCTIONS |= {"160": 610, "192": 420}
+INSTRUCTIONS |= {"160": 610, "192": 420, "128-blocks": 520}
 INSTRUCTIONS |= {"64-e4m3": 430, "96-e4m3": 490, "128-e4m3": 470, "192-128-e4m3": 490}
 INSTRUCTIONS |= {"256-e4m3": 570}
 """Most that a warp may execute for a key tile without a mask; at the power limit, speed is this."""

@@ -55,6 +55,12 @@ def nothing(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
 
 
 @triton.jit
+def half_of_keys(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    """Every other key."""
+    return (kv_idx % 2 == 0) & (q_idx >= 0)
+
+
+@triton.jit
 def first_keys(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
     """Each head sees the first aux[0][batch, head] keys, of two heads."""
     return kv_idx < tl.load(aux[0] + batch * 2 + head) + 0 * q_idx
@@ -174,6 +180,14 @@ def test_causal_as_a_function(lengths: tuple[int, ...], q_lens: tuple[int, ...])
     batch = Batch(lengths, q_lens)
     found, wanted = batch.call(mask_mod=causal_mask), batch.call(causal=True)
     close(found, tuple(x.double() for x in wanted))
+
+
+@pytest.mark.parametrize(("lengths", "q_lens"), BATCHES)
+def test_a_mask_beside_a_softcap(lengths: tuple[int, ...], q_lens: tuple[int, ...]) -> None:
+    """Scores are capped before they are masked: what is hidden weighs nothing."""
+    batch = Batch(lengths, q_lens)
+    found = batch.call(mask_mod=half_of_keys, softcap=2.0)
+    close(found, tuple(x.double() for x in batch.call(mask_mod=half_of_keys, score_mod=capped)))
 
 
 @pytest.mark.parametrize(("lengths", "q_lens"), BATCHES)

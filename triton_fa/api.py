@@ -8,48 +8,58 @@ looked at is in the key.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from triton_fa import dispatch, normalize
-from triton_fa.backends.base import Run
+from triton_fa.backends.base import Run, RunByAddress
 from triton_fa.checks import one_spelling
 from triton_fa.normalize import Options
 from triton_fa.problem import Append, AttnResult, BlockSparseTensors, Lengths, Tensors
-from triton_fa.records import MAX_RECORDS, Records, signature
+from triton_fa.records import MAX_RECORDS, Records, Values, signature
 
 Window = Sequence[int | None]
 Result = torch.Tensor | tuple[torch.Tensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class _Record:
     """A prepared call: what to run, and how to shape what it returns."""
 
-    run: Run
-    shape_result: Callable[[AttnResult], Result] | None  # None: only `out` is returned
+    __slots__ = ("by_address", "run", "shape_result")
+
+    def __init__(self, run: Run, shape_result: Callable[[AttnResult], Result] | None) -> None:
+        """With a `shape_result` of None only `out` is returned."""
+        self.run = run
+        self.by_address = run.by_address if isinstance(run, RunByAddress) else None
+        self.shape_result = shape_result
 
 
 _RECORDS = Records()
 
 
-def _call(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> Result:
+def _call(ver: int | str | None, tensors: Values, scalars: Values) -> Result:
     """Run a call from its launch record, making the record on a miss.
 
-    `scalars` are the fields of `Options`, in order.
+    Args:
+        ver: As of the public functions.
+        tensors: The fields of `Tensors`, in order: making those takes longer than a look-up.
+        scalars: The fields of `Options`, in order.
     """
-    record = _RECORDS.find(ver, tensors, scalars)
-    if record is None:
-        options = Options(*scalars)
-        problem = normalize.problem(tensors, options)
-        run, version = dispatch.prepare(ver, problem)
-        record = _Record(run, _result_shaper(version, options.return_lse))
-        _RECORDS.keep(ver, tensors, scalars, record)
-    result: AttnResult = record.run(tensors)
+    record, addresses = _RECORDS.find(ver, tensors, scalars)
+    if addresses is not None and record.by_address is not None:
+        result: AttnResult = record.by_address(tensors, addresses)
+    else:
+        named = Tensors(*tensors)
+        if record is None:
+            options = Options(*scalars)
+            problem = normalize.problem(named, options)
+            run, version = dispatch.prepare(ver, problem)
+            record = _Record(run, _result_shaper(version, options.return_lse))
+            _RECORDS.keep(ver, tensors, scalars, record)
+        result = record.run(named)
     shape_result: Callable[[AttnResult], Result] | None = record.shape_result
-    return result.out if shape_result is None else shape_result(result)
+    return result[0] if shape_result is None else shape_result(result)
 
 
 def _result_shaper(ver: int | str, return_lse: bool) -> Callable[[AttnResult], Result] | None:
@@ -227,6 +237,8 @@ def flash_attn_with_kvcache(
     fixed = lengths if isinstance(lengths, int) else None
     if only_qv and qv is not None:
         q, k_cache = qv, v_cache  # stand-ins
+    if not (q_descale is None and k_descale is None and v_descale is None):
+        q_descale, k_descale, v_descale = _descales(k_cache, q_descale, k_descale, v_descale)
     append = None
     if not (
         k is None
@@ -236,27 +248,29 @@ def flash_attn_with_kvcache(
         and rotary_seqlens is None
     ):
         append = Append(k, v, cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens)  # type: ignore[arg-type]  # normalize
-    tensors = Tensors(
+    tensors = (
         q,
         k_cache,
         v_cache,
         out,
-        _table(page_table, block_table),
+        page_table if block_table is None else _table(page_table, block_table),
         cu_seqlens_q,
         None,
         None,
         None if fixed is not None else lengths,
-        _sinks(sinks, s_aux, learnable_sink),
+        sinks if s_aux is None and learnable_sink is None else _sinks(sinks, s_aux, learnable_sink),
         scheduler_metadata,
         cache_batch_idx,
         cache_leftpad
         if leftpad_k is None
         else one_spelling(cache_leftpad=cache_leftpad, leftpad_k=leftpad_k),
         qv,
-        *_descales(k_cache, q_descale, k_descale, v_descale),
-        _aux(aux_tensors),
+        q_descale,
+        k_descale,
+        v_descale,
+        None if aux_tensors is None else _aux(aux_tensors),
         append,
-        _blocks(block_sparse_tensors),
+        None if block_sparse_tensors is None else _blocks(block_sparse_tensors),
     )
     # The condition repeats the names below: a microsecond less on a hit. A name missing here would
     # be dropped silently; test_refusals.py and test_schedule.py have every one of them.
@@ -281,7 +295,7 @@ def flash_attn_with_kvcache(
         "kvcache",
         softmax_scale,
         causal,
-        _window(window_size),
+        window_size if type(window_size) is tuple else _window(window_size),
         softcap,
         num_splits,
         sm_margin,
@@ -413,25 +427,29 @@ def flash_attn_varlen_func(
         lengths = one_spelling(seqused_k=seqused_k, cache_seqlens=cache_seqlens)
     if only_qv and qv is not None:
         q, k = qv, v  # stand-ins
-    tensors = Tensors(
+    if not (q_descale is None and k_descale is None and v_descale is None):
+        q_descale, k_descale, v_descale = _descales(k, q_descale, k_descale, v_descale)
+    tensors = (
         q,
         k,
         v,
         out,
-        _table(page_table, block_table),
+        page_table if block_table is None else _table(page_table, block_table),
         cu_seqlens_q,
         cu_seqlens_k,
         seqused_q,
         lengths,
-        _sinks(sinks, s_aux, learnable_sink),
+        sinks if s_aux is None and learnable_sink is None else _sinks(sinks, s_aux, learnable_sink),
         scheduler_metadata,
         None,
         None,
         qv,
-        *_descales(k, q_descale, k_descale, v_descale),
-        _aux(aux_tensors),
+        q_descale,
+        k_descale,
+        v_descale,
+        None if aux_tensors is None else _aux(aux_tensors),
         None,
-        _blocks(block_sparse_tensors),
+        None if block_sparse_tensors is None else _blocks(block_sparse_tensors),
     )
     features = _NO_FEATURES
     if not (
@@ -454,7 +472,7 @@ def flash_attn_varlen_func(
         "varlen",
         softmax_scale,
         causal,
-        _window(window_size),
+        window_size if type(window_size) is tuple else _window(window_size),
         softcap,
         num_splits,
         sm_margin,
@@ -541,15 +559,32 @@ def flash_attn_func(
         UnknownVersionError, UnsupportedError, BackendUnavailableError: see `strict`.
     """
     sink_logits = _sinks(sinks, None, learnable_sink)
-    descales = _descales(k, q_descale, k_descale, v_descale)
+    if not (q_descale is None and k_descale is None and v_descale is None):
+        q_descale, k_descale, v_descale = _descales(k, q_descale, k_descale, v_descale)
     nothing = (None,) * 5  # a dense batch has no lengths and no table
-    tensors = Tensors(q, k, v, out, *nothing, sink_logits, None, None, None, qv, *descales)
+    descales = (q_descale, k_descale, v_descale)
+    tensors = (
+        q,
+        k,
+        v,
+        out,
+        *nothing,
+        sink_logits,
+        None,
+        None,
+        None,
+        qv,
+        *descales,
+        None,
+        None,
+        None,
+    )
     features = _features(batch_invariant=True) if batch_invariant else _NO_FEATURES
     scalars = (
         "dense",
         softmax_scale,
         causal,
-        _window(window_size),
+        window_size if type(window_size) is tuple else _window(window_size),
         softcap,
         num_splits,
         sm_margin,
@@ -560,6 +595,9 @@ def flash_attn_func(
         return_attn_probs or return_softmax_lse or return_lse,
         pack_gqa,
         attention_chunk,
+        True,
+        None,
+        None,
     )
     return _call(ver, tensors, scalars)
 
@@ -583,8 +621,7 @@ _NO_DESCALES: tuple[Any, Any, Any] = (None, None, None)
 
 def _descales(k: Any, q_descale: Any, k_descale: Any, v_descale: Any) -> tuple[Any, Any, Any]:
     """The factors of float8 numbers; FlashAttention-3 reads them for nothing else, nor do we."""
-    none_given = q_descale is None and k_descale is None and v_descale is None
-    if none_given or getattr(k, "dtype", torch.float16).itemsize > 1:
+    if getattr(k, "dtype", torch.float16).itemsize > 1:
         return _NO_DESCALES
     return q_descale, k_descale, v_descale
 

@@ -52,6 +52,10 @@ def strict() -> Iterator[None]:
         _STRICT.reset(token)
 
 
+in_strict: Callable[[], bool] = _STRICT.get
+"""Whether this is within `strict()`."""
+
+
 def is_strict() -> bool:
     """Whether falling back is off, by `strict()` or by the environment."""
     return _STRICT.get() or not settings().fallback

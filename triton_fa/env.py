@@ -53,7 +53,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "TRITON_FA_DIRECT_LAUNCH",
         "1",
-        "`0`: launch through Triton's own dispatcher instead of the compiled kernel's launcher",
+        "`0`: launch through Triton's own dispatcher not straight by the CUDA driver",
     ),
     Variable(
         "TRITON_FA_HOPPER",

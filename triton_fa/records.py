@@ -9,55 +9,131 @@ to torch, and is used only where it notices every change that a key would.
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from triton_fa import dispatch
-from triton_fa.problem import Tensors
+from triton_fa.env import settings
 
 MAX_RECORDS = 8192
+MAX_SHORTCUTS = 4
+"""Calls that look alike but for their tensors, such as of layers with and without sinks."""
 WINDOW = 3  # place of the window among the scalars
 
+NESTED = 3
+"""Fields of `Tensors`, the last ones, that hold several tensors each."""
+
 Key = tuple[Any, ...]
+Values = tuple[Any, ...]
+"""The fields of `Tensors`, or of `Options`, in order."""
+Fits = Callable[[int | str | None, Values, Values], list[int] | None]
+"""The addresses of a call's tensors, without those that are None, if it looks like the call that
+this was made for. None may also mean that it is hard to say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shortcut:
-    """A record, and what a call must look like to be the one it was made for."""
+    """A record, and what tells whether it serves a call that it was found for."""
 
     record: Any
-    ver: int | str | None
-    scalars: tuple[Any, ...]
-    strict: bool
-    grad: bool
-    given: Callable[[Tensors], tuple[torch.Tensor, ...]]
-    absent: Callable[[Tensors], tuple[Any, ...]]
-    nones: tuple[None, ...]
-    same: Callable[..., bool]
+    fits: Fits
 
-    def fits(self, ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> bool:
-        """Whether the record serves this call, too; False may also mean that it is hard to say."""
-        if (
-            self.ver is not ver
-            # Identity, because True == 1 and 0.0 == 0, which are not refused alike.
-            or not all(map(operator.is_, scalars, self.scalars))
-            or self.absent(tensors) != self.nones
-            or self.strict is not dispatch.is_strict()
-            or self.grad is not torch.is_grad_enabled()
-        ):
-            return False
-        given = self.given(tensors)
-        addresses = 0
+
+_GUARD = """
+def made({names}):
+    def fits(ver, tensors, scalars):
+        {tensors} = tensors
+        {scalars} = scalars
+        if not (settings() is own_settings and in_strict() is strict and grad_enabled() is grad):
+            return None
+        if not ({same_tensors}):
+            return None
+        if not (ver is own_ver and {same_scalars}) and not same_types(ver, scalars):
+            return None
         try:
-            for tensor in given:
-                addresses |= tensor.data_ptr()
-        except AttributeError:  # not a tensor, or not given this time
-            return False
-        return not addresses & 15 and self.same(*given)
+            {addresses} = {reads}
+        except AttributeError:  # not tensors
+            return None
+        if ({any_address}) & 15 or not same({distinct}):
+            return None
+        return [{all_addresses}]
+    return fits
+"""
+"""What a shortcut looks at, written out for it: loops over some forty values take twice as long.
+
+Scalars are equal already, by which the shortcut was found; most are the same objects, too. The
+guard of torch takes no tensor twice: such a one is to be in the same places again.
+"""
+
+
+def _guard_of(ver: int | str | None, tensors: Values, scalars: Values) -> Fits | None:
+    """`_GUARD` for calls like this one, where it can see all that it has to."""
+    places = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    if any(i >= len(tensors) - NESTED for i in places):
+        return None
+    first: dict[int, int] = {}
+    for i in places:
+        first.setdefault(id(tensors[i]), i)
+    origin = {i: first[id(tensors[i])] for i in places}
+    distinct = list(first.values())
+    if any(tensors[i].data_ptr() & 15 for i in distinct):
+        return None
+    own_types = types_of(ver, scalars)
+    names: dict[str, Any] = {
+        "settings": settings,
+        "own_settings": settings(),
+        "in_strict": dispatch.in_strict,
+        "strict": dispatch.in_strict(),
+        "grad_enabled": torch.is_grad_enabled,
+        "grad": torch.is_grad_enabled(),
+        "own_ver": ver,
+        **{f"own{i}": scalar for i, scalar in enumerate(scalars)},
+        "same_types": lambda ver, scalars: types_of(ver, scalars) == own_types,
+        "same": _tensor_guard(*(tensors[i] for i in distinct)),
+    }
+    source = _GUARD.format(
+        names=", ".join(names),
+        tensors=_listed("t{}", range(len(tensors))),
+        scalars=_listed("s{}", range(len(scalars))),
+        same_tensors=" and ".join(
+            f"t{i} is None" if tensor is None else f"t{i} is t{origin[i]}"
+            for i, tensor in enumerate(tensors)
+            if origin.get(i) != i
+        ),
+        same_scalars=" and ".join(f"s{i} is own{i}" for i in range(len(scalars))),
+        addresses=_listed("a{}", distinct),
+        reads=_listed("t{}.data_ptr()", distinct),
+        any_address=" | ".join(f"a{i}" for i in distinct),
+        distinct=_listed("t{}", distinct),
+        all_addresses=_listed("a{}", [origin[i] for i in places]),
+    )
+    fits: Fits = _function(source)(**names)
+    return fits
+
+
+@functools.lru_cache(maxsize=1024)
+def _function(source: str) -> Callable[..., Any]:
+    """The function `made` of a source text; few differ."""
+    defined: dict[str, Any] = {}
+    exec(source, defined)  # `_GUARD`, with numbers put in
+    function: Callable[..., Any] = defined["made"]
+    return function
+
+
+def _listed(text: str, numbers: Iterable[int]) -> str:
+    """The text for each number, as a tuple is written."""
+    return "".join(f"{text.format(i)}, " for i in numbers)
+
+
+def types_of(ver: int | str | None, scalars: Values) -> list[type]:
+    """Types of what may be equal without being alike, as True and 1, which are not refused alike.
+
+    A window's are those of its sides.
+    """
+    return [type(ver), *map(type, scalars), *map(type, scalars[WINDOW])]
 
 
 class Records(dict[Key, Any]):
@@ -65,35 +141,38 @@ class Records(dict[Key, Any]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._shortcuts: dict[Key, Shortcut] = {}
+        self._shortcuts: dict[Key, tuple[Shortcut, ...]] = {}
 
-    def find(self, ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> Any:
-        """The record of a call, or None."""
+    def find(
+        self, ver: int | str | None, tensors: Values, scalars: Values
+    ) -> tuple[Any, list[int] | None]:
+        """The record of a call, or None; and its tensors' addresses where they were looked at."""
         try:
-            place = (ver, scalars, tensors.q.shape)
-            shortcut = self._shortcuts.get(place)
-            if shortcut is not None and shortcut.fits(ver, tensors, scalars):
-                return shortcut.record
+            place = (ver, scalars, tensors[0].shape)
+            known = self._shortcuts.get(place, ())
+            for shortcut in known:
+                addresses = shortcut.fits(ver, tensors, scalars)
+                if addresses is not None:
+                    return shortcut.record, addresses
             record = self.get(key(ver, tensors, scalars))
         except (AttributeError, TypeError):  # not tensors, or not hashable: normalize says which
-            return None
+            return None, None
         if record is not None and guards_work():
-            shortcut = _shortcut(record, ver, tensors, scalars)
-            if shortcut is not None:
-                self._shortcuts[place] = shortcut
-        return record
+            fits = _guard_of(ver, tensors, scalars)
+            if fits is not None and fits(ver, tensors, scalars) is not None:
+                self._shortcuts[place] = (Shortcut(record, fits), *known[: MAX_SHORTCUTS - 1])
+        return record, None
 
-    def keep(
-        self, ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...], record: Any
-    ) -> None:
+    def keep(self, ver: int | str | None, tensors: Values, scalars: Values, record: Any) -> None:
         """Remember the record of a call."""
         if len(self) >= MAX_RECORDS:
             self.clear()
         self[key(ver, tensors, scalars)] = record
 
     def __setitem__(self, key: Key, record: Any) -> None:
-        """Every change forgets the shortcuts."""
-        self._shortcuts.clear()
+        """No shortcut leads to a record that is no longer here."""
+        if key in self:
+            self._shortcuts.clear()
         super().__setitem__(key, record)
 
     def clear(self) -> None:
@@ -102,23 +181,19 @@ class Records(dict[Key, Any]):
         super().clear()
 
 
-def key(ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]) -> Key:
+def key(ver: int | str | None, tensors: Values, scalars: Values) -> Key:
     """Everything that validation and code choice may depend on."""
+    *plain, aux, append, blocks = tensors
     return (
         ver,
         scalars,
-        # True == 1 and 0.0 == 0, but what is refused must not depend on what came before.
-        type(ver),
-        *map(type, scalars),
-        *map(type, scalars[WINDOW]),
+        *types_of(ver, scalars),
         dispatch.is_strict(),
         torch.is_grad_enabled(),
-        *map(signature, tensors[:-3]),
-        None if tensors.aux is None else tuple(map(signature, tensors.aux)),
-        None if tensors.append is None else tuple(map(signature, tensors.append)),
-        None
-        if tensors.blocks is None
-        else (*map(signature, tensors.blocks[:-1]), tensors.blocks.block_size),
+        *map(signature, plain),
+        None if aux is None else tuple(map(signature, aux)),
+        None if append is None else tuple(map(signature, append)),
+        None if blocks is None else (*map(signature, blocks[:-1]), blocks.block_size),
     )
 
 
@@ -136,31 +211,7 @@ def signature(tensor: Any) -> Any:
     )
 
 
-def _shortcut(
-    record: Any, ver: int | str | None, tensors: Tensors, scalars: tuple[Any, ...]
-) -> Shortcut | None:
-    """A shortcut to `record` for calls like this one, where there can be one."""
-    places = [i for i, tensor in enumerate(tensors) if tensor is not None]
-    rest = [i for i, tensor in enumerate(tensors) if tensor is None]
-    nested = (tensors.append, tensors.aux, tensors.blocks)
-    if any(part is not None for part in nested) or len(rest) < 2:
-        return None
-    given = operator.itemgetter(*places)
-    shortcut = Shortcut(
-        record,
-        ver,
-        scalars,
-        dispatch.is_strict(),
-        torch.is_grad_enabled(),
-        given,
-        operator.itemgetter(*rest),
-        (None,) * len(rest),
-        _guard(*given(tensors)),
-    )
-    return shortcut if shortcut.fits(ver, tensors, scalars) else None
-
-
-def _guard(*tensors: torch.Tensor) -> Callable[..., bool]:
+def _tensor_guard(*tensors: torch.Tensor) -> Callable[..., bool]:
     guards: Any = torch._C._dynamo.guards
     guard = guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     check: Callable[..., bool] = guard.check
@@ -172,7 +223,7 @@ def guards_work() -> bool:
     """Whether this torch has tensor guards, and they see what they are relied on to see."""
     try:
         one, two = torch.zeros(2, 3), torch.zeros(4, dtype=torch.int32)
-        check = _guard(one, two)
+        check = _tensor_guard(one, two)
         same = check(torch.ones(2, 3), torch.ones(4, dtype=torch.int32))
         others = (
             torch.zeros(3, 2),

@@ -207,6 +207,12 @@ def distance(score, batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
     return score - tl.abs(q_idx + seqlen_k - seqlen_q - kv_idx)
 
 
+@triton.jit
+def documents(batch, head, q_idx, kv_idx, seqlen_q, seqlen_k, aux):
+    mine = tl.load(aux[0] + tl.minimum(q_idx, seqlen_q - 1))
+    return mine == tl.load(aux[0] + tl.minimum(kv_idx, seqlen_k - 1))
+
+
 def key_blocks(seqlen: int, size: int = 128) -> triton_fa.BlockSparseTensors:
     """Lists for blocks of `size` queries and keys."""
     blocks = -(-seqlen // size)
@@ -218,6 +224,12 @@ LONG = 2048  # more than 4096 rows with four query heads to a head
 F16, F32, E4M3 = torch.float16, torch.float32, torch.float8_e4m3fn
 
 MANY = 640  # of them, with two kv heads each, fill every chip
+IN_BLOCKS: dict[str, Any] = {
+    "mask_mod": documents,
+    "aux_tensors": [ints(LONG)],
+    "block_sparse_tensors": key_blocks(LONG),
+    "causal": False,
+}
 
 # What every change is compiled for, in tests/test_compile.py.
 CORE = {
@@ -231,6 +243,7 @@ CORE = {
         dim=64, dtype=F16, sinks=sinks(8, F16), window_size=(64, -1), softcap=30.0
     ),
     "short-128": prefill(64, batch=MANY, sinks=sinks(8)),
+    "prefill-blocks": prefill(LONG, **IN_BLOCKS),
     "mixed-float32": mixed(dim=64, dtype=F32),
     "append-rotary": append(rotary_dim=128),
     "decode-float8": float8(torch.float8_e4m3fn),
@@ -313,9 +326,6 @@ FEATURES |= {
     "mixed-attention-chunk": mixed(attention_chunk=64),
     "decode-modified": decode(score_mod=distance, mask_mod=causal_mask, causal=False),
     "prefill-modified": prefill(LONG, score_mod=distance, mask_mod=causal_mask, causal=False),
-    "prefill-blocks": prefill(
-        LONG, mask_mod=causal_mask, block_sparse_tensors=key_blocks(LONG), causal=False
-    ),
     "merge-splits-256": merge_splits(dim=256, splits=128),
     "merge-splits-many-rows": merge_splits(tokens=8192),
     "merge-splits-to-float16": merge_splits(out_dtype=F16),
@@ -341,6 +351,11 @@ HOPPER |= {
     "hopper-192": prefill(LONG, dim=192),
     "hopper-256": prefill(LONG, dim=256),
     "hopper-256-full": prefill(LONG, dim=256, causal=False),
+    "hopper-128-blocks": prefill(LONG, **IN_BLOCKS),
+    "hopper-64-blocks": prefill(LONG, dim=64, **IN_BLOCKS),
+    "hopper-256-blocks": prefill(LONG, dim=256, **IN_BLOCKS),
+    "hopper-128-mask": prefill(LONG, mask_mod=causal_mask, causal=False),
+    "hopper-128-modified": prefill(LONG, score_mod=distance),
     "hopper-128-full": prefill(LONG, causal=False),
     "hopper-128-float16": prefill(LONG, dtype=F16),
     "hopper-128-page-16": mixed(most=LONG),

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import IO, Any
 from unittest import mock
 
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -29,9 +30,9 @@ from tests.portability.exceptions import EXCEPTIONS
 from tests.portability.targets import TARGETS, Target
 from triton_fa import api, dispatch
 from triton_fa.backends.triton import TritonBackend
-from triton_fa.kernels import hopper_plans
+from triton_fa.kernels import hopper_plans, submit
 from triton_fa.kernels.compat import TRITON_VERSION
-from triton_fa.kernels.launch import cross_compile
+from triton_fa.kernels.launch import cross_compile, passed_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +51,7 @@ class Compiled:
     local: int = 0  # bytes a thread
     in_loops: int | None = 0  # local loads and stores within loops; None: the code cannot be read
     seconds: float = 0.0
+    misfit: str = ""  # between the parameters that are passed and those that the binary takes
     error: str = ""
 
     def __str__(self) -> str:
@@ -91,7 +93,7 @@ def recorded() -> Iterator[list[Step]]:
     class Launch:
         """In place of the package's own."""
 
-        direct = None
+        submittable = None
 
         def __init__(self, *given: Any) -> None:
             kernel, _, pointers, values, options, _ = given
@@ -162,7 +164,21 @@ def compile_case(name: str, case: str, kernels: str = "") -> Iterator[Compiled]:
             yield Compiled(*about, error=f"{type(error).__name__}: {error}"[-2000:])
         else:
             took = round(time.perf_counter() - begin, 2)
-            yield Compiled(*about, made.metadata.shared, *usage(made.asm), took)
+            figures = made.metadata.shared, *usage(made.asm), took
+            yield Compiled(*about, *figures, parameter_misfit(step, made))
+
+
+def parameter_misfit(step: Step, made: Any) -> str:
+    """How what a launch passes to the driver differs from what the binary takes; NVIDIA's only."""
+    if "ptx" not in made.asm or any(isinstance(v, TensorDescriptor) for v in step.values.values()):
+        return ""  # Triton's dispatcher launches it
+    given = ((name, step.values[name]) for name in step.kernel.arg_names)
+    named = [name if isinstance(value, torch.Tensor) else value for name, value in given]
+    passed = passed_parameters(step.kernel, made, named)
+    if passed is None:
+        return f"not known how to pass {made.src.signature}"
+    taken, sizes = submit.sizes_in(made.asm["ptx"]), submit.sizes_of(passed)
+    return "" if sizes == taken else f"passes parameters of {sizes} bytes, it takes {taken}"
 
 
 def main(target: str, kernels: str, *cases: str) -> None:
@@ -213,6 +229,8 @@ def worker(
 
 def misfits(found: Compiled) -> list[str]:
     """Why a launch cannot run on its chip."""
+    if found.misfit:
+        return [f"{found.misfit}: {found}"]
     limit = TARGETS[found.target].facts.shared_memory
     if found.error:
         return [f"does not compile: {found}"]

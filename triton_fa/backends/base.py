@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -12,6 +12,22 @@ from triton_fa.spec import AttnSpec
 
 Run = Callable[[Tensors], AttnResult]
 """Runs one prepared call. Valid for every call with the same launch key."""
+
+
+class RunByAddress:
+    """A `Run` that needs only the addresses of what it is given, which the caller may have already.
+
+    `by_address` takes the fields of `Tensors`, none of which is nested, and a list of their
+    addresses in order, without those that are None; it may extend that list.
+    """
+
+    def __init__(self, by_address: Callable[[tuple[Any, ...], list[int]], AttnResult]) -> None:
+        self.by_address = by_address
+
+    def __call__(self, tensors: Tensors) -> AttnResult:
+        """Run the call."""
+        fields: tuple[Any, ...] = tensors
+        return self.by_address(fields, [t.data_ptr() for t in fields if t is not None])
 
 
 class Backend(Protocol):
@@ -36,18 +52,22 @@ def allocate(problem: Problem, tensors: Tensors) -> AttnResult:
     """The tensors of a result, not yet written: the caller's `out`, or a new one, and the lse."""
     q = tensors.q
     out = tensors.out
+    shape, lse_shape = result_shapes(problem, q)
     if out is None:
-        spec = problem.spec
-        if q.shape[-1] == spec.head_dim_v and q.dtype == spec.out_dtype and q.is_contiguous():
+        if q.shape == shape and q.dtype == problem.spec.out_dtype and q.is_contiguous():
             out = torch.empty_like(q)  # the quicker of the two
         else:
-            out = q.new_empty((*q.shape[:-1], spec.head_dim_v), dtype=spec.out_dtype)
+            out = q.new_empty(shape, dtype=problem.spec.out_dtype)
     lse = None
     if problem.return_lse:
-        heads_last = q.shape[:-1]  # (total_q, heads_q) or (batch, seqlen_q, heads_q)
-        shape = (*heads_last[:-2], heads_last[-1], heads_last[-2])
-        lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(lse_shape, dtype=torch.float32, device=q.device)
     return AttnResult(out, lse)
+
+
+def result_shapes(problem: Problem, q: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of the result and of its lse."""
+    *batch, tokens, heads, _ = q.shape  # batch only if queries are not packed
+    return (*batch, tokens, heads, problem.spec.head_dim_v), (*batch, heads, tokens)
 
 
 def without_work(problem: Problem) -> bool:

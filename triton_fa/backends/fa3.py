@@ -362,8 +362,7 @@ def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensor
     if spec.query_layout == "packed":
         fixed["max_seqlen_q"] = problem.bounds.max_seqlen_q
         if spec.rotary_dim and spec.rotary_moving:
-            # Whether a window hides keys goes by the bound as it was stated, which q need not fill.
-            fixed["max_seqlen_q"] = max(problem.bounds.max_seqlen_q, spec.window_right + 2)
+            fixed["max_seqlen_q"] = max(problem.bounds.max_seqlen_q, _least_moving_bound(problem))
     lengths = _same_lengths(problem)
     leftpad = function.spelled("cache_leftpad")
     only_qv = "only_qv" in spec.features
@@ -386,6 +385,26 @@ def _kvcache_arguments(problem: Problem, function: Function) -> Callable[[Tensor
         return {"q": tensors.q, "k_cache": tensors.k, "v_cache": tensors.v, **given}
 
     return arguments
+
+
+def _least_moving_bound(problem: Problem) -> int:
+    """The least max_seqlen_q with which FA3 turns each query by its own position.
+
+    Whether a window hides keys goes by the bound as it was stated, which q need not fill. FA3 takes
+    none above what the cache can hold.
+    """
+    spec, bounds = problem.spec, problem.bounds
+    if spec.window_right + 2 <= bounds.max_seqlen_k:
+        return spec.window_right + 2
+    if spec.attention_chunk or 0 <= spec.window_left < bounds.max_seqlen_k - 1:
+        return 0
+    if bounds.max_seqlen_q == 1:  # the first query's position is its own
+        return 0
+    reason = (
+        f"max_seqlen_q: above the window's right side {spec.window_right} by 2 and more, which is "
+        f"what a rotation goes by: expected at most the cache's {bounds.max_seqlen_k} keys"
+    )
+    raise UnsupportedError(3, [reason])
 
 
 def _same_lengths(problem: Problem) -> Callable[[], torch.Tensor | None]:

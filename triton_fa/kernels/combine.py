@@ -213,32 +213,25 @@ def combine_kernel(
             for start in tl.range(merged, pieces, BLOCK_P, num_stages=1):
                 holder, earlier = holder_of(start + nths, begin, num_tiles, chunk, share, extra)
                 slots = (range_start + holder) * program_slots + 1 + earlier
-                # All loads first, so that no result waits for the one before it.
-                maxima = ()
-                sums = ()
-                parts = ()
                 for nth in tl.static_range(BLOCK_P):
                     live = start + nth + 0 * part_rows < pieces
                     slot = tl.sum(tl.where(nths == nth, slots, 0), 0)
                     part_row = slot.to(tl.int64) * ROWS + part_rows
                     stat = part_stat_ptr + part_row * 2
-                    maxima += (tl.load(stat, live, NO_SCORE, cache_modifier=".cg"),)
-                    sums += (tl.load(stat + 1, live, 0.0, cache_modifier=".cg"),)
-                    parts += (
-                        tl.load(
-                            part_ptr + part_row[:, None] * V + dims[None, :],
-                            live[:, None] & (dims < V)[None, :],
-                            0.0,
-                            cache_modifier=".cg",
-                        ),
+                    part_max = tl.load(stat, mask=live, other=NO_SCORE, cache_modifier=".cg")
+                    part_sum = tl.load(stat + 1, mask=live, other=0.0, cache_modifier=".cg")
+                    part = tl.load(
+                        part_ptr + part_row[:, None] * V + dims[None, :],
+                        mask=live[:, None] & (dims < V)[None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
                     )
-                for nth in tl.static_range(BLOCK_P):
-                    new_max, alpha, weight = merge_factors(row_max, maxima[nth])
-                    row_sum = tl.fma(row_sum, alpha, sums[nth] * weight)
+                    new_max, alpha, weight = merge_factors(row_max, part_max)
+                    row_sum = tl.fma(row_sum, alpha, part_sum * weight)
                     acc = tl.fma(
                         acc,
                         tl.broadcast_to(alpha[:, None], [BLOCK_R, BLOCK_V]),
-                        parts[nth] * weight[:, None],
+                        part * weight[:, None],
                     )
                     row_max = new_max
         else:

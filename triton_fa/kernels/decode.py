@@ -573,11 +573,11 @@ def decode_kernel(
                     aux_ptr,
                 )
             if SCORE_MOD is not None:
-                raw = scored_by(SCORE_MOD, raw, scale, cells)
-            if MASK_MOD is not None:
-                raw = masked_by(MASK_MOD, raw, cells)
+                raw = scored_by(SCORE_MOD, raw, scale, cells) * LOG2E
             if HAS_SOFTCAP:
                 raw = softcapped(raw, scale, softcap_log2, IEEE)
+            if MASK_MOD is not None:
+                raw = masked_by(MASK_MOD, raw, cells)
             if ONE_TOKEN:
                 raw = tl.where((tokens < end)[None, :], raw, NEG_INF)
             elif LAZY_MASK and not HAS_LEFT and not ATTENTION_CHUNKED:

@@ -12,7 +12,12 @@ behind it are zeros when loaded and left alone when stored. So a neighbour's row
 are never seen, whatever they hold. A head is a range of columns, of two panels with a descriptor
 each where its dim is no power of two.
 
-Which sequences there are, in which order, and how long, is found as in `prefill.py`.
+Which sequences there are, in which order, and how long, is found as in `prefill.py`. Where lists
+name blocks of keys, the producer counts their tiles and tells the consumers, and each looks up the
+keys of a tile while the one before is computed: masked tiles first, then full ones.
+
+Functions of the caller's are plain ones of Triton's; they are compiled with the layouts of what
+they are given, which is enough for anything elementwise.
 """
 
 from __future__ import annotations
@@ -39,9 +44,11 @@ from triton_fa.kernels.primitives import (
     finish,
     key_span,
     left_padding,
+    masked_by,
     page_ids,
     query_span,
     row_tiles,
+    scored_by,
     seen_keys,
     visible_keys,
 )
@@ -60,7 +67,9 @@ WRAP = gl.constexpr(1 << 30)
 STAGES = gl.constexpr(2)  # tile i of keys, or of values, is in stage i & 1
 WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # a number in each of four warps' lanes
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))  # a number in each lane of one warp
+ENTRIES = gl.constexpr(gl.BlockedLayout([4], [32], [1], [0]))  # four numbers in each of them
 BROADCAST = gl.constexpr(gl.BlockedLayout([8], [32], [4], [0]))  # eight numbers in every thread
+BROADCAST16 = gl.constexpr(gl.BlockedLayout([16], [32], [4], [0]))
 
 
 # ---------------------------------------------------------------- instructions
@@ -266,13 +275,85 @@ def key_tiles(first_token, seqlen_q, seqlen_k, padding, windows, C: gl.constexpr
 
 
 @gluon.jit
+def blocks_inside(entries_ptr, count, seqlen_k, C: gl.constexpr):
+    """How many of a list's entries are whole blocks of the sequence, and how many any."""
+    whole = 0
+    some = 0
+    for start in range(0, count, 128):
+        idx = start + gl.arange(0, 128, layout=ENTRIES)
+        block = gl.load(entries_ptr + idx, mask=idx < count, other=-1)
+        is_whole = (block >= 0) & (block < seqlen_k // C.SPARSE_N)
+        is_there = (block >= 0) & (block < (seqlen_k + C.SPARSE_N - 1) // C.SPARSE_N)
+        whole += gl.sum(is_whole.to(gl.int32), 0)
+        some += gl.sum(is_there.to(gl.int32), 0)
+    return whole, some
+
+
+@gluon.jit
+def list_place(seq_idx, head, token, lists, C: gl.constexpr):
+    """Which of all lists is that of a tile."""
+    stride_b, stride_h, _, _, max_seqlen_q = lists[4]
+    # Sequences may be longer than the lists' bound.
+    return seq_idx * stride_b + head * stride_h + gl.minimum(token, max_seqlen_q - 1) // C.SPARSE_M
+
+
+@gluon.jit
+def listed_tiles(place, seqlen_k, lists, C: gl.constexpr):
+    """Key tiles that a tile's lists name: (of the masked list, 1 if the sequence ends inside of one
+    of the full list, all of the full list)."""
+    ROUNDS: gl.constexpr = C.SPARSE_N // C.BLOCK_N
+    rest = seqlen_k % C.SPARSE_N
+    counts_ptr, entries_ptr, full_counts_ptr, full_entries_ptr, numbers = lists
+    HAS_FULL: gl.constexpr = full_counts_ptr is not None
+    count = gl.minimum(gl.maximum(gl.load(counts_ptr + place), 0), numbers[2])
+    ends = 0
+    full = 0
+    if HAS_FULL:
+        full_count = gl.minimum(gl.maximum(gl.load(full_counts_ptr + place), 0), numbers[3])
+    entries_ptr += place.to(gl.int64) * numbers[2]
+    whole, some = blocks_inside(entries_ptr, count, seqlen_k, C)
+    masked = whole * ROUNDS + (some - whole) * ((rest + C.BLOCK_N - 1) // C.BLOCK_N)
+    if HAS_FULL:
+        full_entries_ptr += place.to(gl.int64) * numbers[3]
+        whole, some = blocks_inside(full_entries_ptr, full_count, seqlen_k, C)
+        ends = gl.where(rest % C.BLOCK_N != 0, some - whole, 0)
+        full = whole * ROUNDS + (some - whole) * (rest // C.BLOCK_N) + ends
+    return masked, ends, full
+
+
+@gluon.jit
+def listed_key(step, named, seqlen_k, lists, C: gl.constexpr):
+    """First key of tile `step` of those that lists name, from right to left: masked ones, then full
+    ones, and behind the last one 0. Whatever the lists hold, it is in a block of the sequence's.
+
+    `named` is (masked tiles, full tiles, which of all lists).
+    """
+    ROUNDS: gl.constexpr = C.SPARSE_N // C.BLOCK_N
+    masked, full, place = named
+    _, entries_ptr, _, full_entries_ptr, numbers = lists
+    is_masked = step < masked
+    tile = gl.maximum(gl.where(is_masked, masked, masked + full) - 1 - step, 0)
+    entries_ptr += place.to(gl.int64) * numbers[2] + tile // ROUNDS
+    block = gl.load(entries_ptr, mask=is_masked, other=0)
+    if full_entries_ptr is not None:
+        full_entries_ptr += place.to(gl.int64) * numbers[3] + tile // ROUNDS
+        is_full = (step >= masked) & (step < masked + full)
+        block += gl.load(full_entries_ptr, mask=is_full, other=0)
+    last = gl.maximum(seqlen_k - 1, 0) // C.SPARSE_N
+    block = gl.minimum(gl.maximum(block, 0), last)
+    return block * C.SPARSE_N + tile % ROUNDS * C.BLOCK_N
+
+
+@gluon.jit
 def send(i, message, box):
-    """Message i of the producer, eight numbers, into one of two slots."""
+    """Message i of the producer, 7 of 8 numbers or 10 of 16, into one of two slots."""
     slots, full, empty = box
+    SIZE: gl.constexpr = slots.shape[1]
+    COUNT: gl.constexpr = 10 if SIZE == 16 else 7
     mbarrier.wait(empty.index(i & 1), ((i >> 1) & 1) ^ 1)
-    place = gl.arange(0, 8, layout=LANES)
-    numbers = gl.full([8], 0, gl.int32, layout=LANES)
-    for k in gl.static_range(7):
+    place = gl.arange(0, SIZE, layout=LANES)
+    numbers = gl.full([SIZE], 0, gl.int32, layout=LANES)
+    for k in gl.static_range(COUNT):
         numbers = gl.where(place == k, message[k], numbers)
     slots.index(i & 1).store(numbers)
     mbarrier.arrive(full.index(i & 1), count=1)
@@ -281,14 +362,17 @@ def send(i, message, box):
 @gluon.jit
 def receive(i, box):
     """Message i: (head, or -1 at the end; sequence; its first query token; query and key length;
-    left padding; first token of the tile)."""
+    left padding; first token of the tile); with lists what `listed_tiles` says, too."""
     slots, full, empty = box
+    SIZE: gl.constexpr = slots.shape[1]
+    COUNT: gl.constexpr = 10 if SIZE == 16 else 7
+    EVERYWHERE: gl.constexpr = BROADCAST16 if SIZE == 16 else BROADCAST
     mbarrier.wait(full.index(i & 1), (i >> 1) & 1)
-    numbers = slots.index(i & 1).load(BROADCAST)
+    numbers = slots.index(i & 1).load(EVERYWHERE)
     mbarrier.arrive(empty.index(i & 1), count=1)
-    place = gl.arange(0, 8, layout=BROADCAST)
+    place = gl.arange(0, SIZE, layout=EVERYWHERE)
     message = ()
-    for k in gl.static_range(7):
+    for k in gl.static_range(COUNT):
         message = message + (gl.sum(gl.where(place == k, numbers, 0), 0),)  # noqa: RUF005
     return message
 
@@ -400,7 +484,7 @@ def pages_of(key, end, table, C: gl.constexpr):
 @gluon.jit
 def producer(given, C: gl.constexpr):
     """Take tiles from the counter, tell the consumers, and load what they need."""
-    panels, barriers, box, order, lengths, windows, paging, strides, counting = given
+    panels, barriers, box, order, lengths, windows, paging, strides, counting, lists = given
     queries, keys, values = panels
     q_barriers, k_barriers, v_barriers = barriers
     page_table_ptr, table_stride, num_pages, batch_idx_ptr, num_rows = paging
@@ -443,6 +527,11 @@ def producer(given, C: gl.constexpr):
         token = (last - from_last) * C.BLOCK_M
         is_ours = (token >= 0) & (token < seqlen_q) & (seqlen_q * C.GROUP > C.DECODE_ROWS)
         start, end, count, _, _ = key_tiles(token, seqlen_q, seqlen_k, padding, windows, C)
+        if C.SPARSE_N:
+            at_list = gl.where(is_ours, list_place(seq_idx, head, token, lists, C), 0)
+            masked, ends, full = listed_tiles(at_list, seqlen_k, lists, C)
+            named = (masked, full, at_list)
+            count = gl.maximum(masked + full, 1)
         count = gl.where(is_ours, count, 0)
         end = gl.where(is_ours, end, 0)
         row = seq_idx
@@ -461,9 +550,16 @@ def producer(given, C: gl.constexpr):
         k_source = (keys, k_barriers, head // C.GROUP * strides[1])
         v_source = (values, v_barriers, head // C.GROUP * strides[2])
         key = start + (count - 1) * C.BLOCK_N
+        if C.SPARSE_N:
+            key = listed_key(0, named, seqlen_k, lists, C)
+            next_key = listed_key(1, named, seqlen_k, lists, C)
         pages = pages_of(key, end, table, C)
         if count > 0:
-            send(sent, (head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token), box)
+            about = (head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token)
+            if C.SPARSE_N:
+                send(sent, about + (masked, ends, full), box)  # noqa: RUF005
+            else:
+                send(sent, about, box)
             load_keys(k_source, loaded, (key, end), place, pages, KEYS_FREE, C.D0, C.D1, C)
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(q_barriers[1].index(c), (sent & 1) ^ 1)
@@ -481,19 +577,24 @@ def producer(given, C: gl.constexpr):
         tile = tiles
         if tiles > gl.num_programs(0):  # else every tile has a program, and the counter is not 0
             tile = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
-        for _j in range(1, count):  # keys one tile ahead of values
-            next_pages = pages_of(key - C.BLOCK_N, end, table, C)
-            span = (key - C.BLOCK_N, end)
+        for j in range(1, count):  # keys one tile ahead of values
+            if C.SPARSE_N:
+                ahead = next_key
+                next_key = listed_key(j + 1, named, seqlen_k, lists, C)
+            else:
+                ahead = key - C.BLOCK_N
+            next_pages = pages_of(ahead, end, table, C)
+            span = (ahead, end)
             load_keys(k_source, loaded + 1, span, place, next_pages, KEYS_FREE, C.D0, C.D1, C)
             load_values(v_source, loaded, (key, end), place, pages, C)
             pages = next_pages
-            key -= C.BLOCK_N
+            key = ahead
             loaded += 1
         if count > 0:
             load_values(v_source, loaded, (key, end), place, pages, C)
             loaded += 1
             sent += 1
-    send(sent, (-1, 0, 0, 0, 0, 0, 0), box)
+    send(sent, (-1, 0, 0, 0, 0, 0, 0, 0, 0, 0), box)
     if C.NAMED:  # leave no arrival behind in the hardware barriers
         for i in range(gl.maximum(loaded - STAGES, 0), loaded):
             barrier_sync(KEYS_FREE + (i & 1), C.CONSUMERS * 128 + 32)
@@ -582,14 +683,39 @@ def finished(accs, C: gl.constexpr):
 
 
 @gluon.jit
-def capped_and_masked(scores, key, rows, windows, scales, MASKED: gl.constexpr, C: gl.constexpr):
-    """Scores with a softcap in base 2, else raw; -inf where a row does not see a key."""
+def changed_and_masked(
+    scores,
+    key,
+    rows,
+    windows,
+    scales,
+    about,  # (sequence, query head, pointers) for the functions
+    is_full,  # whether lists say that MASK_MOD keeps all of the tile
+    MASKED: gl.constexpr,
+    SCORE_MOD: gl.constexpr,
+    MASK_MOD: gl.constexpr,
+    C: gl.constexpr,
+):
+    """Scores as `scale_of` says; -inf where a row does not see a key."""
+    first_row, seqlen_q, seqlen_k, padding = rows
+    OF_COLUMN: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
+    OF_ROW: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    if SCORE_MOD is not None or MASK_MOD is not None:
+        seq_idx, head, aux = about
+        token = (first_row + gl.arange(0, scores.shape[0], layout=OF_ROW))[:, None]
+        column = (key - padding + gl.arange(0, scores.shape[1], layout=OF_COLUMN))[None, :]
+        cells = (seq_idx, head, token, column, seqlen_q, seqlen_k - padding, aux)
+    if SCORE_MOD is not None:
+        scores = scored_by(SCORE_MOD, scores, scales[0], cells)
     if C.HAS_SOFTCAP:  # as in `softcapped`
         scores = scales[1] - 2.0 * scales[1] * reciprocal(1.0 + exp2(scores * scales[0]))
+    if MASK_MOD is not None:
+        if C.SPARSE_N:
+            if not is_full:
+                scores = masked_by(MASK_MOD, scores, cells)
+        else:
+            scores = masked_by(MASK_MOD, scores, cells)
     if MASKED:
-        first_row, seqlen_q, seqlen_k, padding = rows
-        OF_COLUMN: gl.constexpr = gl.SliceLayout(0, scores.type.layout)
-        OF_ROW: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
         token = first_row + gl.arange(0, scores.shape[0], layout=OF_ROW)
         first, end = seen_keys(token, seqlen_k - seqlen_q, padding, seqlen_k, windows)
         column = gl.arange(0, scores.shape[1], layout=OF_COLUMN)
@@ -598,6 +724,17 @@ def capped_and_masked(scores, key, rows, windows, scales, MASKED: gl.constexpr, 
             keep &= column[None, :] >= (first - key)[:, None]
         scores = gl.where(keep, scores, NEG_INF)
     return scores
+
+
+@gluon.jit
+def scale_of(scales, SCORE_MOD: gl.constexpr, C: gl.constexpr):
+    """What scores are multiplied by for base 2: raw ones, those of a softcap or of a function."""
+    if C.HAS_SOFTCAP:
+        return 1.0
+    elif SCORE_MOD is not None:
+        return LOG2E
+    else:
+        return scales[0]
 
 
 @gluon.jit
@@ -616,7 +753,7 @@ def softmax_step(
     row_max,
     row_sum,
     scale_log2,
-    MASKED: gl.constexpr,
+    UNSEEN: gl.constexpr,  # a row may have seen no key yet
     FIRST: gl.constexpr,
     C: gl.constexpr,
 ):
@@ -630,7 +767,7 @@ def softmax_step(
         has_grown = (highest - row_max) * scale_log2 > C.SLACK
         highest = gl.where(has_grown, highest, row_max)
     pivot = highest
-    if MASKED:  # a row may have seen no key yet
+    if UNSEEN:
         pivot = gl.where(highest == NEG_INF, 0.0, highest)
     shift = -pivot * scale_log2
     if C.FP8:
@@ -658,7 +795,10 @@ def attend(
     key,  # its first key
     rows,  # (first token, query length, key length, left padding)
     given,
+    is_full,
     MASKED: gl.constexpr,
+    SCORE_MOD: gl.constexpr,
+    MASK_MOD: gl.constexpr,
     CONSUMER: gl.constexpr,
     SCORES: gl.constexpr,
     C: gl.constexpr,
@@ -668,7 +808,7 @@ def attend(
     Weights are handed on in float32: 16-bit ones would be taken apart and packed in every round.
     """
     prob, accs, row_max, row_sum = state
-    queries, keys, values, k_barriers, v_barriers, windows, scales = given
+    queries, keys, values, k_barriers, v_barriers, windows, scales, about = given
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, accs[0].type.layout, 4 // C.BYTES)
     prob = weights(prob, WEIGHTS, queries[0].dtype, C)
     await_tile(i, k_barriers, C)
@@ -680,12 +820,13 @@ def attend(
     PRODUCTS: gl.constexpr = 2 if C.V1 else 1
     scores = warpgroup_mma_wait(PRODUCTS, deps=[scores])
     leave_stage(i, k_barriers, KEYS_FREE, C)
-    scores = capped_and_masked(scores, key, rows, windows, scales, MASKED, C)
-    scale_log2 = scales[0]
-    if C.HAS_SOFTCAP:
-        scale_log2 = 1.0
+    scores = changed_and_masked(
+        scores, key, rows, windows, scales, about, is_full, MASKED, SCORE_MOD, MASK_MOD, C
+    )
+    UNSEEN: gl.constexpr = MASKED or SCORE_MOD is not None or MASK_MOD is not None
+    scale_log2 = scale_of(scales, SCORE_MOD, C)
     prob, alpha, row_max, row_sum = softmax_step(
-        scores, row_max, row_sum, scale_log2, MASKED, False, C
+        scores, row_max, row_sum, scale_log2, UNSEEN, False, C
     )
     accs = finished(accs, C)
     leave_stage(i - 1, v_barriers, VALUES_FREE, C)
@@ -781,9 +922,15 @@ def no_values(ROWS: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
+def consumer(
+    CONSUMER: gl.constexpr,
+    given,
+    SCORE_MOD: gl.constexpr,
+    MASK_MOD: gl.constexpr,
+    C: gl.constexpr,
+):
     """Attend with one consumer's tokens of tile after tile."""
-    panels, outs, barriers, box, results, windows, scales, descales = given
+    panels, outs, barriers, box, results, windows, scales, descales, aux, lists = given
     queries, keys, values = panels
     q_barriers, k_barriers, v_barriers = barriers
     lse_ptr, lse_strides, sinks_ptr, out_stride_h = results
@@ -799,10 +946,21 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         barrier_arrive(TURN, 256)  # the first turn is consumer 0's
     i = 0  # key tiles so far
     got = 0  # query tiles so far
-    head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token = receive(0, box)
-    while head >= 0:
+    message = receive(0, box)
+    while message[0] >= 0:
+        head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token = message[:7]
         key, _, count, lo, hi = key_tiles(token, seqlen_q, seqlen_k, padding, windows, C)
         key += (count - 1) * C.BLOCK_N
+        is_full = False
+        if C.SPARSE_N:
+            masked, ends, full = message[7:]
+            count = gl.maximum(masked + full, 1)
+            lo = 0
+            hi = count - gl.maximum(masked + ends, 1)
+            named = (masked, full, list_place(seq_idx, head, token, lists, C))
+            is_full = masked == 0
+            key = gl.where(masked + full > 0, listed_key(0, named, seqlen_k, lists, C), seqlen_k)
+            next_key = listed_key(1, named, seqlen_k, lists, C)
         first_row = token + CONSUMER * ROWS
         rows = (first_row, seqlen_q, seqlen_k, padding)
         signed, descale = descaled(scales[0], head // C.GROUP, seq_idx, descales)
@@ -810,7 +968,8 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         if IS_SCALED:
             scale = positive(signed)
         of_tile = (scale, scales[1])
-        shared = (mine, keys, values, k_barriers, v_barriers, windows, of_tile)
+        about = (seq_idx, head, aux)
+        shared = (mine, keys, values, k_barriers, v_barriers, windows, of_tile, about)
         # The right-most key tile: there is nothing to overlap with.
         mbarrier.wait(q_barriers[0].index(CONSUMER), got & 1)
         if IS_SCALED:
@@ -818,29 +977,79 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         await_tile(i, k_barriers, C)
         scores = warpgroup_mma_wait(0, deps=[raw_scores(mine, keys, i, SCORES, C)])
         leave_stage(i, k_barriers, KEYS_FREE, C)
-        scores = capped_and_masked(scores, key, rows, windows, of_tile, True, C)
+        scores = changed_and_masked(
+            scores, key, rows, windows, of_tile, about, is_full, True, SCORE_MOD, MASK_MOD, C
+        )
         row_max = gl.full([ROWS], NEG_INF, gl.float32, layout=OF_ROW)
-        scale_log2 = scale
-        if C.HAS_SOFTCAP:
-            scale_log2 = 1.0
+        scale_log2 = scale_of(of_tile, SCORE_MOD, C)
         prob, _, row_max, row_sum = softmax_step(scores, row_max, 0, scale_log2, True, True, C)
         state = (prob, no_values(ROWS, C), row_max, row_sum)
         i += 1
         # The other tiles that an end runs through, those that all rows see, and those that a first
-        # key runs through.
-        if C.HAS_END or C.HAS_FIRST:
-            for _j in range(hi, count - 1):
-                key -= C.BLOCK_N
-                state = attend(state, i, key, rows, shared, True, CONSUMER, SCORES, C)
+        # key runs through. With lists the first are those that are masked, and a full one on the
+        # sequence's end.
+        if C.HAS_END or C.HAS_FIRST or C.SPARSE_N:
+            for j in range(hi, count - 1):
+                if C.SPARSE_N:
+                    step = j - hi + 1
+                    is_full = step >= masked
+                    key = next_key
+                    next_key = listed_key(step + 1, named, seqlen_k, lists, C)
+                else:
+                    key -= C.BLOCK_N
+                state = attend(
+                    state,
+                    i,
+                    key,
+                    rows,
+                    shared,
+                    is_full,
+                    True,
+                    SCORE_MOD,
+                    MASK_MOD,
+                    CONSUMER,
+                    SCORES,
+                    C,
+                )
                 i += 1
-        for _j in range(lo, hi):
-            key -= C.BLOCK_N
-            state = attend(state, i, key, rows, shared, False, CONSUMER, SCORES, C)
+        for j in range(lo, hi):
+            if not C.SPARSE_N:
+                key -= C.BLOCK_N
+            elif SCORE_MOD is not None:
+                key = next_key
+                next_key = listed_key(count - hi + j + 1, named, seqlen_k, lists, C)
+            state = attend(
+                state,
+                i,
+                key,
+                rows,
+                shared,
+                True,
+                False,
+                SCORE_MOD,
+                MASK_MOD if C.SPARSE_N == 0 else None,
+                CONSUMER,
+                SCORES,
+                C,
+            )
             i += 1
         if C.HAS_FIRST:
             for _j in range(lo):
                 key -= C.BLOCK_N
-                state = attend(state, i, key, rows, shared, True, CONSUMER, SCORES, C)
+                state = attend(
+                    state,
+                    i,
+                    key,
+                    rows,
+                    shared,
+                    False,
+                    True,
+                    SCORE_MOD,
+                    MASK_MOD,
+                    CONSUMER,
+                    SCORES,
+                    C,
+                )
                 i += 1
         prob, accs, row_max, row_sum = state
         if C.OWN_OUT:
@@ -852,7 +1061,7 @@ def consumer(CONSUMER: gl.constexpr, given, C: gl.constexpr):
         accs = weighted(prob, values, i - 1, accs, C)
         tile = (head, seq_idx, first_q, seqlen_q)
         got += 1
-        head, seq_idx, first_q, seqlen_q, seqlen_k, padding, token = receive(got, box)
+        message = receive(got, box)
         if C.PARTIAL:
             row_sum = gl.convert_layout(gl.sum(row_sum, 1), OF_ROW)
         row_max = gl.where(row_max == NEG_INF, NO_SCORE, row_max * scale_log2 - C.SHIFT)
@@ -969,6 +1178,11 @@ def hopper_kernel(
     q_descale_ptr,  # [batch, heads_kv] float32, as the two below; for float8 only
     k_descale_ptr,
     v_descale_ptr,
+    aux_ptr,  # a tuple of pointers for the functions below, or None
+    mask_block_cnt_ptr,  # lists of key blocks, [batch or 1, heads or 1, query blocks (, entries)]
+    mask_block_idx_ptr,
+    full_block_cnt_ptr,
+    full_block_idx_ptr,
     plan_ptr,
     out_stride_h,
     lse_stride_b,
@@ -1000,8 +1214,14 @@ def hopper_kernel(
     window_left,
     window_right,
     attention_chunk,
+    sparse_stride_b,
+    sparse_stride_h,
+    masked_width,
+    full_width,
     scale_log2,
     softcap_log2,
+    SCORE_MOD: gl.constexpr,
+    MASK_MOD: gl.constexpr,
     C: gl.constexpr,  # a Variant of `hopper_plans.py`
 ):
     """out = softmax(scale * q k^T + mask) v for tiles of BLOCK_M tokens of one head.
@@ -1021,7 +1241,9 @@ def hopper_kernel(
         outs = ((out_desc, queries[0][1], boxes_of(queries[0][1], out_desc)),)
         if C.V1:
             outs = (outs[0], (out_tail_desc, queries[1][1], boxes_of(queries[1][1], out_tail_desc)))
-    slots = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    SLOT: gl.constexpr = 16 if C.SPARSE_N else 8
+    LINEAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    slots = gl.allocate_shared_memory(gl.int32, [2, SLOT], LINEAR)
     messages = barrier_pair(2, C.CONSUMERS)
     box = (slots, messages[0], messages[1])
     q_barriers = barrier_pair(C.CONSUMERS, 1)
@@ -1055,6 +1277,13 @@ def hopper_kernel(
     results = (lse_ptr, lse_strides, sinks_ptr, out_stride_h)
     barriers = (q_barriers, k_barriers, v_barriers)
     panels = (queries, keys, values)
+    lists = (
+        mask_block_cnt_ptr,
+        mask_block_idx_ptr,
+        full_block_cnt_ptr,
+        full_block_idx_ptr,
+        (sparse_stride_b, sparse_stride_h, masked_width, full_width, fixed_seqlen_q),
+    )
     loading = (
         panels,
         barriers,
@@ -1065,6 +1294,7 @@ def hopper_kernel(
         (page_table_ptr, table_stride, num_pages, batch_idx_ptr, num_rows),
         (q_stride_h, k_stride_h, v_stride_h),
         (counter_ptr, tiles, num_row_tiles),
+        lists,
     )
     strides = (
         q_descale_stride_b,
@@ -1075,15 +1305,26 @@ def hopper_kernel(
         v_descale_stride_h,
     )
     descales = (q_descale_ptr, k_descale_ptr, v_descale_ptr, strides)
-    attending = (panels, outs, barriers, box, results, windows, scales, descales)
+    attending = (
+        panels,
+        outs,
+        barriers,
+        box,
+        results,
+        windows,
+        scales,
+        descales,
+        aux_ptr,
+        lists,
+    )
     C0: gl.constexpr = 0
     C1: gl.constexpr = 1
     C2: gl.constexpr = 2
     if C.CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (consumer, (C0, attending, C)),
-                (consumer, (C1, attending, C)),
+                (consumer, (C0, attending, SCORE_MOD, MASK_MOD, C)),
+                (consumer, (C1, attending, SCORE_MOD, MASK_MOD, C)),
                 (producer, (loading, C)),
             ],
             [4, 1],
@@ -1092,14 +1333,37 @@ def hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (consumer, (C0, attending, C)),
-                (consumer, (C1, attending, C)),
-                (consumer, (C2, attending, C)),
+                (consumer, (C0, attending, SCORE_MOD, MASK_MOD, C)),
+                (consumer, (C1, attending, SCORE_MOD, MASK_MOD, C)),
+                (consumer, (C2, attending, SCORE_MOD, MASK_MOD, C)),
                 (producer, (loading, C)),
             ],
             [4, 4, 1],
             [C.REGISTERS, C.REGISTERS, C.PRODUCER_REGISTERS],
         )
+
+
+@gluon.jit
+def functions_kernel(
+    scores_ptr,  # [64, BLOCK_N] float32
+    aux_ptr,
+    number,
+    BLOCK_N: gl.constexpr,
+    DEPTH: gl.constexpr,
+    SCORE_MOD: gl.constexpr,
+    MASK_MOD: gl.constexpr,
+):
+    """The caller's functions, called as by `hopper_kernel`. It is compiled, and not launched."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, DEPTH])
+    token = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))[:, None]
+    column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))[None, :]
+    scores = gl.load(scores_ptr + token * BLOCK_N + column)
+    cells = (number, number + 1, token, column, number + 2, number + 3, aux_ptr)
+    if SCORE_MOD is not None:
+        scores = scored_by(SCORE_MOD, scores, 1.0, cells)
+    if MASK_MOD is not None:
+        scores = masked_by(MASK_MOD, scores, cells)
+    gl.store(scores_ptr + token * BLOCK_N + column, scores)
 
 
 @triton.jit(do_not_specialize=["counter_offset"])

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import logging
+import struct
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,14 +19,16 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import mangle_type
 
 from triton_fa.device import DeviceFacts
 from triton_fa.env import settings
 from triton_fa.errors import UnsupportedError
+from triton_fa.kernels import submit
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
 from triton_fa.kernels.launch import names_of, specialisation
 from triton_fa.kernels.transpose import transpose_kernel
-from triton_fa.problem import Problem
+from triton_fa.problem import BlockSparseTensors, Problem
 from triton_fa.spec import AttnSpec
 
 RUN_ON: frozenset[tuple[int, int]] = frozenset({(3, 6)})
@@ -45,6 +47,10 @@ FEATURES = frozenset(
         "cache_batch_idx",
         "cache_leftpad",
         "attention_chunk",
+        "score_mod",
+        "mask_mod",
+        "aux_tensors",
+        "block_sparse_tensors",
     }
 )
 DESCALES = frozenset({"q_descale", "k_descale", "v_descale"})
@@ -64,8 +70,8 @@ WRAP = 1 << 30
 MOST = 0x7FFF0000  # the largest size of a descriptor's dimension that is used
 SHARED_MEMORY = 227 << 10
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv"}
-ARGUMENTS = ELEMENTS | {torch.float32: "fp32", torch.int32: "i32"}
 KEPT_DESCRIPTORS = 4096
+HOPPER = GPUTarget("cuda", 90, 32)
 TENSORS = ("out_ptr", "q_ptr", "k_ptr")
 """What `hopper.py` has descriptors of, besides values."""
 
@@ -110,6 +116,8 @@ class Variant:
     HAS_END: bool
     HAS_SOFTCAP: bool
     HAS_LSE: bool
+    SPARSE_M: int  # queries and keys of a listed block; 0 without lists
+    SPARSE_N: int
 
 
 @dataclass(frozen=True)
@@ -150,6 +158,8 @@ FP8_TILES = {
 }
 """The same for e4m3. Weights are times 2^shift: most of what e4m3 holds lies below 1, and 2^8.75 is
 about the most. A maximum that is outgrown by 2^slack at most needs room for it."""
+LISTED_TILES = {(64, 64): Tile(128, 128, 2, (64, 0), (64, 0))}
+"""Others for lists of blocks, of which usual ones have 128 queries and keys."""
 MOST_TRANSPOSED = 1 << 31
 """The most bytes of values that a call transposes."""
 
@@ -172,12 +182,29 @@ def tile(problem: Problem, device: DeviceFacts) -> Tile | None:
         _logger.debug("prefill runs on the portable kernel: %s", "; ".join(reasons))
         return None
     _logger.debug("prefill runs on the Hopper kernel")
-    return tiles_of(problem.spec)[problem.spec.head_dim, problem.spec.head_dim_v]
+    return tile_of(problem)
 
 
-def tiles_of(spec: AttnSpec) -> dict[tuple[int, int], Tile]:
-    """The tiles of a dtype."""
-    return FP8_TILES if spec.dtype == torch.float8_e4m3fn else TILES
+def tile_of(problem: Problem) -> Tile | None:
+    """The tile for the dtype and head dims, which does not leave listed blocks; None if none is."""
+    spec = problem.spec
+    is_fp8 = spec.dtype == torch.float8_e4m3fn
+    found = (FP8_TILES if is_fp8 else TILES).get((spec.head_dim, spec.head_dim_v))
+    lists = lists_of(problem)
+    if found is None or lists is None:
+        return found
+    assert lists.block_size is not None
+    queries, keys = lists.block_size
+    other = None if is_fp8 else LISTED_TILES.get((spec.head_dim, spec.head_dim_v))
+    for each in (found, other):
+        if each is not None and queries % each.block_m == 0 and keys % each.block_n == 0:
+            return each
+    return None
+
+
+def lists_of(problem: Problem) -> BlockSparseTensors | None:
+    """The lists of key blocks, but where keys are counted from a first one that is not 0."""
+    return None if problem.tensors.cache_leftpad is not None else problem.tensors.blocks
 
 
 def unavailable(device: DeviceFacts) -> str | None:
@@ -217,8 +244,10 @@ def refusals(problem: Problem, device: DeviceFacts) -> list[str]:
         reasons.append(f"{spec.dtype} beside {spec.kv_dtype}")
     if is_fp8 and transposed_shape(problem)[0] > MOST_TRANSPOSED:
         reasons.append(too_much_transposed(problem))
-    if (spec.head_dim, spec.head_dim_v) not in tiles_of(spec):
-        reasons.append(f"head dims {spec.head_dim}, {spec.head_dim_v}")
+    if tile_of(problem) is None:
+        lists = lists_of(problem)
+        listed = "" if lists is None else f" with lists of blocks of {lists.block_size}"
+        reasons.append(f"head dims {spec.head_dim}, {spec.head_dim_v}{listed}")
     if spec.softmax_scale < 0:
         reasons.append("softmax_scale < 0")
     if spec.key_layout == "paged" and spec.page_size % 8:
@@ -234,7 +263,50 @@ def refusals(problem: Problem, device: DeviceFacts) -> list[str]:
         tensor = getattr(problem.tensors, name)
         if tensor is not None and not _describable(tensor, spec.batch_invariant):
             reasons.append(f"{name}: strides {tensor.stride()} or address")
+    if not reasons and (spec.score_mod is not None or spec.mask_mod is not None):
+        aux = problem.tensors.aux
+        kinds = None if aux is None else tuple(tensor.dtype for tensor in aux)
+        fault = fault_of(spec.score_mod, spec.mask_mod, kinds, is_fp8)
+        reasons += [fault] if fault else []
     return reasons
+
+
+@functools.cache
+def fault_of(
+    score_mod: Any, mask_mod: Any, aux: tuple[torch.dtype, ...] | None, is_fp8: bool
+) -> str:
+    """Why functions of the caller's cannot be part of the Hopper kernel; empty if they can.
+
+    They are compiled alone, in the layout that scores have there: whatever says for itself how
+    numbers are spread over threads may not go with that. `aux` are the dtypes of the tensors that
+    they read. A reason is logged, once, as a warning.
+    """
+    kernel = kernel_module().functions_kernel
+    values = {
+        "scores_ptr": torch.empty(0),
+        "aux_ptr": None if aux is None else tuple(torch.empty(0, dtype=d) for d in aux),
+        "number": 0,
+        "BLOCK_N": 128,
+        "DEPTH": 32 if is_fp8 else 16,
+        "SCORE_MOD": score_mod,
+        "MASK_MOD": mask_mod,
+    }
+    try:
+        made = cross_compiled(kernel, {}, values, {"num_warps": 4}, HOPPER)
+    except Exception as error:  # noqa: BLE001  whatever the compiler raises is the reason
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = getattr(cause, "error_message", None) or str(cause)
+        reason = f"{type(cause).__name__}: {said}".splitlines()[0]
+    else:
+        if not made.metadata.shared:
+            return ""
+        reason = "scores of several warps depend on each other"
+    names = [f"{mod.__module__}.{mod.__name__}" for mod in (score_mod, mask_mod) if mod is not None]
+    fault = f"{' and '.join(names)}: {reason}"
+    _logger.warning("prefill does not run on the Hopper kernel, but on the portable one: %s", fault)
+    return fault
 
 
 def too_much_transposed(problem: Problem) -> str:
@@ -271,7 +343,7 @@ def _describable(tensor: torch.Tensor, all_strides: bool) -> bool:
 
 
 def variant(problem: Problem, chosen: Tile, common: dict[str, Any], **planned: Any) -> Variant:
-    """What the kernel is specialised on; `planned` is what depends on the grid."""
+    """What the kernel is specialised on; `planned` is what depends on the grid and on lists."""
     spec = problem.spec
     page = spec.page_size
     limits = [common[name] is not None for name in ("window_left", "window_right")]
@@ -316,6 +388,7 @@ def launches(
     device: DeviceFacts,
     chosen: Tile,
     common: dict[str, Any],
+    lists: dict[str, int],
     *,
     entries: int,
     counter_offset: int,
@@ -330,7 +403,9 @@ def launches(
     programs = min(tiles, max(1, device.num_sms - problem.spec.sm_margin))
     own = {name: planned.pop(name) for name in ("segment", "num_row_tiles")}
     own |= {"tiles": tiles, "counter_offset": counter_offset}
-    own["C"] = c = variant(problem, chosen, common, **planned)
+    sizes = {name: lists[name] for name in ("SPARSE_M", "SPARSE_N")}
+    own |= {n: value if sizes["SPARSE_N"] else None for n, value in lists.items() if n not in sizes}
+    own["C"] = c = variant(problem, chosen, common, **planned, **sizes)
     given = common
     if c.FP8:  # heads of transposed values lie that many rows apart
         given = common | {"v_stride_h": problem.spec.head_dim_v}
@@ -477,73 +552,36 @@ class Described:
         """The compiled kernel."""
         return self._kernel.warmup(*self._described(given), grid=grid, **options)
 
-    def bound(self, compiled: Any) -> Any:
-        """The compiled kernel with a launcher that takes addresses of tensors of these views."""
-        run = compiled.run
-        return SimpleNamespace(
-            function=compiled.function,
-            packed_metadata=compiled.packed_metadata,
-            run=SimpleNamespace(
-                global_scratch_size=run.global_scratch_size,
-                profile_scratch_size=run.profile_scratch_size,
-                launch_cooperative_grid=run.launch_cooperative_grid,
-                launch_pdl=run.launch_pdl,
-                launch=self._launcher(run.launch, compiled.metadata.tensordesc_meta),
-            ),
-        )
+    def described_parameters(
+        self, types: Sequence[Any], given: Sequence[Any], metas: Sequence[Any]
+    ) -> list[submit.Parameter] | None:
+        """As `submit.parameters`, of this kernel's arguments for tensors of these views.
+
+        Triton 3.6 passes a tensor map, sizes and strides in place of a descriptor.
+        """
+        passed: list[submit.Parameter] = []
+        left = iter(metas)
+        for view in self._views:
+            if view is not None:
+                map_of = functools.partial(_map_of, {}, view, next(left))
+                passed.append(submit.TensorMap(self._tensors[view.tensor], map_of))
+                passed += [struct.pack("<i", size) for size in view.shape]
+                passed += [struct.pack("<q", stride) for stride in view.strides]
+        rest = submit.parameters(types[len(self._views) :], given[len(self._tensors) :])
+        return None if rest is None else passed + rest
 
     def cross_compile(
         self, values: dict[str, Any], options: dict[str, Any], target: GPUTarget
     ) -> Any:
         """Compile for `target`, without such a chip, as a launch with these arguments would."""
-        gluon = importlib.import_module("triton.experimental.gluon._runtime")
-        names = self._kernel.arg_names
-        views = dict(zip(names, self._views, strict=False))
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for param in self._kernel.params:
-            view, value = views.get(param.name), values.get(param.name)
-            if view is not None:
-                block = ", ".join(map(str, view.block))
-                element = ELEMENTS[view.dtype]
-                signature[param.name] = f"tensordesc<{element}[{block}],{self._layout(view)!r}>"
-            elif value is None or param.is_constexpr:
-                signature[param.name] = "constexpr"
-                constants[param.name] = value
-            elif isinstance(value, torch.Tensor):
-                signature[param.name] = "*" + ARGUMENTS[value.dtype]
-                attributes[(param.num,)] = [["tt.divisibility", 16]]
-            else:
-                signature[param.name] = "fp32" if isinstance(value, float) else "i32"
-                if signature[param.name] == "i32" and not param.do_not_specialize:
-                    attributes[(param.num,)] = [["tt.divisibility", 16]] * (value % 16 == 0)
-        source = gluon.GluonASTSource(self._kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
-
-    def _launcher(self, launch: Any, metas: Sequence[Any]) -> Callable[..., None]:
-        """Triton 3.6's own launcher without the wrapper that makes descriptors in every call."""
-        bare, make = launch, None
-        if any(self._views):
-            inside = inspect.getclosurevars(launch)
-            bare, before = inside.nonlocals["launcher"], inside.globals["_BASE_ARGS_FORMAT_LEN"]
-            make = inside.globals["make_tensordesc_arg"]
-        else:
-            before = importlib.import_module("triton.backends.nvidia.driver")._BASE_ARGS_FORMAT_LEN
-        left = iter(metas)
-        described = [
-            _absent if view is None else _kept(make, view, next(left), before + view.tensor)
-            for view in self._views
-        ]
-        after = before + len(self._tensors)
-
-        def by_address(*given: Any) -> None:
-            arguments = list(given[:before])
-            for expanded in described:
-                arguments += expanded(given)
-            bare(*arguments, *given[after:])
-
-        return by_address
+        views = dict(zip(self._kernel.arg_names, self._views, strict=False))
+        described = {
+            name: f"tensordesc<{ELEMENTS[v.dtype]}[{', '.join(map(str, v.block))}],{layout!r}>"
+            for name, v in views.items()
+            if v is not None
+            for layout in (self._layout(v),)
+        }
+        return cross_compiled(self._kernel, described, values, options, target)
 
     def _described(self, given: Sequence[Any]) -> list[Any]:
         descriptor = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
@@ -568,24 +606,54 @@ class Described:
         return gl.NVMMASharedLayout.get_default_for(list(view.block), element)
 
 
-def _absent(given: Sequence[Any]) -> list[Any]:
-    """What Triton's launcher takes for a descriptor that there is not."""
-    return [None]
+def cross_compiled(
+    kernel: Any,
+    described: dict[str, str],
+    values: dict[str, Any],
+    options: dict[str, Any],
+    target: GPUTarget,
+) -> Any:
+    """A Gluon kernel, compiled for `target`; `described` are the types of its descriptors."""
+    gluon = importlib.import_module("triton.experimental.gluon._runtime")
+    signature: dict[str, Any] = dict(described)
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for param in kernel.params:
+        value = values.get(param.name)
+        if param.name in described:
+            continue
+        if value is None or param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = mangle_type(value)
+            attributes[(param.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[param.name] = tuple(map(mangle_type, value))
+            attributes |= {(param.num, i): [["tt.divisibility", 16]] for i in range(len(value))}
+        else:
+            signature[param.name] = "fp32" if isinstance(value, float) else "i32"
+            if signature[param.name] == "i32" and not param.do_not_specialize:
+                attributes[(param.num,)] = [["tt.divisibility", 16]] * (value % 16 == 0)
+    signature = {name: signature[name] for name in kernel.arg_names}
+    source = gluon.GluonASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options | {"enable_fp_fusion": True})
 
 
-def _kept(make: Any, view: View, meta: Any, place: int) -> Callable[[Sequence[Any]], list[Any]]:
-    """What it takes for the tensor whose address is at that place of the arguments."""
-    kept: dict[int, list[Any]] = {}
-
-    def expanded(given: Sequence[Any]) -> list[Any]:
-        address = given[place]
-        found = kept.get(address)
-        if found is None:
-            if len(kept) >= KEPT_DESCRIPTORS:
-                kept.clear()
-            base = SimpleNamespace(data_ptr=lambda: address)
-            like = {"shape": view.shape, "strides": view.strides, "padding": "zero"}
-            found = kept[address] = list(make(SimpleNamespace(base=base, **like), meta))
-        return found
-
-    return expanded
+def _map_of(
+    kept: dict[int, tuple[int, Any]], view: View, meta: Any, address: int
+) -> tuple[int, Any]:
+    """Where the tensor map of the tensor at `address` is, and the object that holds it."""
+    found = kept.get(address)
+    if found is None:
+        if len(kept) >= KEPT_DESCRIPTORS:
+            kept.clear()
+        nvidia = importlib.import_module("triton.backends.nvidia.driver")
+        base = SimpleNamespace(data_ptr=lambda: address)
+        like = {"shape": view.shape, "strides": view.strides, "padding": "zero"}
+        holder, *_ = nvidia.make_tensordesc_arg(SimpleNamespace(base=base, **like), meta)
+        # The map is the last that Triton's object holds.
+        where = id(holder) + type(holder).__basicsize__ - submit.MAP_BYTES
+        assert where % submit.MAP_BYTES == 0, "not where Triton 3.6 has it"
+        found = kept[address] = where, holder
+    return found

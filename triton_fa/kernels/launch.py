@@ -1,27 +1,28 @@
 """Launching a compiled kernel with as little host work as its Triton version allows.
 
 `kernel[grid](...)` looks every argument over on each call. A `Launch` is built once for a launch
-key that fixes everything but the pointers, so it may hand them to the compiled kernel's own
-launcher. That interface is private to Triton and used on the versions it was run on only.
+key that fixes everything but the pointers, so the driver may be given the compiled kernel itself
+(`submit.py`). How Triton passes arguments is private to it, so that is done on the versions it was
+run on only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from triton_fa.env import settings
+from triton_fa.kernels import submit
 from triton_fa.kernels.compat import INTERPRETED, TRITON_VERSION
 
 DIRECT_VERSIONS = ((3, 6),)
-"""Triton versions whose `CompiledKernel` launcher was run and tested here."""
+"""Triton versions whose compiled kernels were run and tested here without their launcher."""
 
 
 class Launch:
@@ -55,12 +56,12 @@ class Launch:
         self._options = dict(options)
         if not INTERPRETED:
             self._options["enable_fp_fusion"] = True
-        self.direct = self._direct_launcher(pointers, device)
-        """Launches on the current stream given raw addresses, or None if it cannot be done."""
+        self.submittable = self._submittable(pointers, device)
+        """For `submit.submission`, or None if the kernel cannot be launched that way."""
 
-    def _direct_launcher(
+    def _submittable(
         self, pointers: Sequence[Any], device: torch.device
-    ) -> Callable[[Sequence[int | None]], None] | None:
+    ) -> submit.Submittable | None:
         if INTERPRETED or torch.version.hip or not settings().direct_launch:
             return None
         if TRITON_VERSION.release[:2] not in DIRECT_VERSIONS:
@@ -77,36 +78,52 @@ class Launch:
                 compiled = self._kernel.warmup(*arguments, grid=self._grid, **self._options)
                 _ = compiled.run  # loads the binary, on the device that is current
             _COMPILED[device.index, options, variant] = compiled
-        if specialised:
-            compiled = self._kernel.bound(compiled)
-        run = compiled.run
-        if run.global_scratch_size or run.profile_scratch_size:
-            return None
-        index = device.index
-        stream_of = driver.active.get_current_stream
-        launch = run.launch
-        head = self._grid
-        middle = (
-            compiled.function,
-            run.launch_cooperative_grid,
-            run.launch_pdl,
-            None,
-            None,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-        )
-        tail = self._tail
-
-        def direct(addresses: Sequence[int | None]) -> None:
-            launch(*head, stream_of(index), *middle, *addresses, *tail)
-
-        return direct
+        names = names_of(self._kernel)[: len(pointers)]
+        return submittable(self._kernel, compiled, self._grid, (*names, *self._tail))
 
     def __call__(self, pointers: Sequence[Any]) -> None:
         """Launch on the current device and stream through Triton's dispatcher."""
         self._kernel[self._grid](*pointers, *self._tail, **self._options)
+
+
+def submittable(
+    kernel: Any, compiled: Any, grid: tuple[int, int, int], arguments: Sequence[Any]
+) -> submit.Submittable | None:
+    """The launch of a compiled kernel; None where it cannot be passed all it needs.
+
+    `arguments` are the kernel's, with the names of tensors for pointers.
+    """
+    run = compiled.run
+    warps, ctas, shared = compiled.packed_metadata
+    if run.global_scratch_size or run.profile_scratch_size or ctas != 1:
+        return None
+    passed = passed_parameters(kernel, compiled, arguments)
+    if passed is None or submit.sizes_of(passed) != submit.sizes_in(compiled.asm["ptx"]):
+        return None
+    flags = {submit.DEPENDENT: run.launch_pdl, submit.COOPERATIVE: run.launch_cooperative_grid}
+    return submit.Submittable(
+        function=compiled.function,
+        grid=grid,
+        threads=32 * warps,
+        shared=shared,
+        attributes=tuple(flag for flag, on in flags.items() if on),
+        parameters=tuple(passed),
+    )
+
+
+def passed_parameters(
+    kernel: Any, compiled: Any, arguments: Sequence[Any]
+) -> list[submit.Parameter] | None:
+    """What a compiled kernel is passed, by the types it was compiled for; None if one is unknown.
+
+    `arguments` as of `submittable`.
+    """
+    types = tuple(compiled.src.signature.values())
+    if isinstance(kernel, JITFunction):
+        passed = submit.parameters(types, arguments)
+    else:
+        passed = kernel.described_parameters(types, arguments, compiled.metadata.tensordesc_meta)
+    return None if passed is None else [*passed, *submit.SCRATCH]
 
 
 def compiled_kernels() -> int:
@@ -178,7 +195,7 @@ def cross_compile(
         options: num_warps, num_stages, launch_pdl.
         target: The chip, e.g. `GPUTarget("cuda", 90, 32)`.
     """
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     given = dict(zip(kernel.arg_names, pointers, strict=False)) | dict(values)
@@ -190,6 +207,9 @@ def cross_compile(
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + _TYPES[value.dtype]
             attributes[(param.num,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[param.name] = tuple("*" + _TYPES[tensor.dtype] for tensor in value)
+            attributes |= {(param.num, i): [["tt.divisibility", 16]] for i in range(len(value))}
         elif isinstance(value, float):
             signature[param.name] = "fp32"
         elif isinstance(value, int) and value == 1 and not param.do_not_specialize:

@@ -109,6 +109,16 @@ POINTERS = (
     "turned_ptr",
 )
 """The tensors of a call, in the order `call_tensors` gives them; kernels take some of them."""
+NAMES = {
+    field: f"{field}_ptr"
+    for field in Tensors._fields
+    if field not in ("scheduler_metadata", "cache_batch_idx", "cache_leftpad", "append", "blocks")
+} | {
+    "scheduler_metadata": "plan_ptr",
+    "cache_batch_idx": "batch_idx_ptr",
+    "cache_leftpad": "leftpad_ptr",
+}
+"""What `POINTERS` calls the tensors of a call."""
 _NO_LISTS = (None,) * 4
 ABSENT = POINTERS.index("absent")
 """Place of a None; what stands behind it are `append_tensors`."""
@@ -202,10 +212,6 @@ class PlannedLaunch:
     """Keys of the blocks that descriptors read, if it has any, and the columns of each."""
     in_pairs: bool = False
     """Whether K and V pointers are of 16 bits each for two float8 numbers."""
-
-    def indices(self) -> tuple[int, ...]:
-        """Places in `call_tensors` of the kernel's leading arguments."""
-        return tuple(_PLACES.get(name, ABSENT) for name in _leading(names_of(self.kernel)))
 
     def pointers(self, given: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
         """The kernel's leading arguments out of `call_tensors`, descriptors included."""
@@ -581,7 +587,8 @@ def _decode(
         many = bounds.batch > MANY_SEQUENCES
         block_r = min(rows, 16) if many else max(1, rows // 4)
         block_p, warps = MERGED_TOGETHER, 4 if many else min(4, block_r)
-    by_sequence = one_by_one or bounds.batch * lanes <= programs
+    # Powers of two, so that warm-up meets both sides of every step.
+    by_sequence = one_by_one or next_power_of_2(bounds.batch) * lanes <= programs
     merge = PlannedLaunch(
         combine_kernel,
         (
@@ -732,6 +739,7 @@ def _prefill(
             device,
             on_hopper,
             common,
+            lists,
             entries=tiles,
             counter_offset=partial_floats,
             segment=metadata_entries(bounds.batch) // 4,

@@ -290,11 +290,11 @@ def changed_scores(
         keys = (start + tl.arange(0, BLOCK_N) - cells[3])[None, :]
         cells = (cells[0], cells[1], cells[2], keys, cells[4], cells[5], cells[6])
     if SCORE_MOD is not None:
-        raw = scored_by(SCORE_MOD, raw, scale_log2, cells)
-    if MASK_MOD is not None:
-        raw = masked_by(MASK_MOD, raw, cells)
+        raw = scored_by(SCORE_MOD, raw, scale_log2, cells) * LOG2E
     if HAS_SOFTCAP:
         raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
+    if MASK_MOD is not None:
+        raw = masked_by(MASK_MOD, raw, cells)
     return raw
 
 

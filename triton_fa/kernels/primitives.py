@@ -355,7 +355,7 @@ def softcapped(raw, scale_log2, softcap_log2, PRECISE: tl.constexpr):
 
 @triton.jit
 def scored_by(SCORE_MOD: tl.constexpr, raw, scale_log2, cells):
-    """The caller's function of the scaled scores, in base 2.
+    """The caller's function of the scaled scores; not in base 2.
 
     `cells` is (sequence, query head, query token, key, query length, key length, aux pointers);
     the three in the middle broadcast to the block of scores.
@@ -370,7 +370,7 @@ def scored_by(SCORE_MOD: tl.constexpr, raw, scale_log2, cells):
         cells[5],
         cells[6],
     )
-    return score * LOG2E
+    return score.to(tl.float32)
 
 
 @triton.jit
