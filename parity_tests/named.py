@@ -71,6 +71,7 @@ def full() -> list[Case]:
     fp16, fp32 = {"dtype": "float16"}, {"dtype": "float32"}
     varlen = (1024, 300, 77, 1, 513)
     decode = (1,) * 8
+    short = (34, 64, 0, 7, 50) * 20
     return [
         # decode
         _case("llama3-8b decode, page 16", decode, ragged, LLAMA3_8B, ENGINE),
@@ -111,6 +112,9 @@ def full() -> list[Case]:
               {"causal": False}),
         _case("mqa cross attention, two-sided window", (200, 300), (300, 200), MQA, PACKED,
               {"causal": False, "window": (64, 32)}),
+        _case("llama3-8b, many short sequences, varlen", short, short, LLAMA3_8B, PACKED),
+        _case("gpt-oss, many short sequences, sinks and window", short, short[::-1], GPT_OSS,
+              PACKED, {"window": (20, 0), "sinks": True}),
         # batches as engines make them
         _case("llama3-8b mixed batch", mixed_q, mixed_k, LLAMA3_8B, ENGINE,
               {"q_layout": "packed", "tail_q": 3, "out": True}),

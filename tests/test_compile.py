@@ -40,7 +40,13 @@ CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 # Shared memory and registers are shortest here, so the large cases are compiled here only.
 TIGHT = ("sm_120", "gfx942")
 # The cases that decide the speed of decode. Others may spill: see the table that is printed.
-UNSPILLED = ("decode-128", "decode-128-pieces", "decode-96-two-panels", "decode-float8-80")
+UNSPILLED = (
+    "decode-128",
+    "decode-128-pieces",
+    "decode-96-two-panels",
+    "decode-float8-80",
+    "short-128",
+)
 
 
 def expected_kernels(name: str) -> set[str]:
@@ -48,6 +54,8 @@ def expected_kernels(name: str) -> set[str]:
     kernels: set[str] = set()
     if name.startswith("merge"):
         return {"merge_pair_kernel" if "pair" in name else "merge_splits_kernel"}
+    if name.startswith("short"):
+        return {"short_kernel"}
     if "append" in name:
         kernels |= {"append_kernel"}
     if "append" in name or "decode" in name or "mixed" in name:

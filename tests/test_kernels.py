@@ -315,6 +315,45 @@ def test_rows_in_two_halves(name: str, fresh: pytest.MonkeyPatch, device: str) -
     )
 
 
+LOOPS = {
+    "panels": PrefillTile(2 * TILE, TILE, 4, 1, halves=2, panels=True, sums=8, split_end=True),
+    "ahead": PrefillTile(TILE, TILE, 4, 1, panels=True, sums=8, split_end=True, ahead=True),
+}
+LOOPED: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True},
+    "full": {"sinks": True},
+    "window": {"window": (20, 3), "sinks": True},
+    "wide-window": {"causal": True, "window": (70, 0), "head_dim": 72},
+    "softcap": {"causal": True, "softcap": 20.0, "head_dim": 64},
+    "negative-scale": {"causal": True, "softmax_scale": -0.5},
+    "chunk": {"causal": True, "attention_chunk": 40, "head_dim_v": 32},
+    "float32": {"dtype": "float32", "causal": True},
+    "pages": {"causal": True, "entry": "kvcache", "kv_layout": "paged", "page_size": 16},
+    "float8": {"kv_layout": "batched", "kv_dtype": "float8_e4m3fn", "descales": "kv"}
+    | {"entry": "kvcache"},
+    "padding": {"causal": True, "entry": "kvcache", "kv_layout": "batched"}
+    | {"leftpad": True, "leftpads": (3, 40, 0, 20)},
+}
+
+
+@pytest.mark.parametrize("tile", LOOPS)
+@pytest.mark.parametrize("name", LOOPED)
+def test_loops_of_a_tile(name: str, tile: str, fresh: pytest.MonkeyPatch, device: str) -> None:
+    """Sums by column, panels, scores ahead, an end of its own; lengths on and off its edges."""
+    if device == "cpu":
+        fresh.setattr("triton_fa.kernels.plans.prefill_tile", lambda *arguments: LOOPS[tile])
+    agrees(
+        replace(
+            PAGED,
+            **{"entry": "varlen", "kv_layout": "packed", "q_layout": "packed", "page_size": 0}
+            | {"heads_q": 3, "heads_kv": 1, "head_dim": 96, "head_dim_v": 80, "num_splits": 1}
+            | {"seqlens_q": (50, 40, 70, 35), "seqlens_k": (75, 64, 30, 150)}
+            | LOOPED[name],
+        ),
+        device,
+    )
+
+
 def test_a_window_wider_than_a_tile(device: str) -> None:
     """Its left edge runs through blocks that only the first rows of a tile see whole."""
     agrees(

@@ -130,7 +130,8 @@ def test_a_prefill_tile_fits(chip: str, dtype: torch.dtype) -> None:
     device = CHIPS[chip]
     for problem, rows in itertools.product(specs(dtype), (1, 64, 65, 4096)):
         tile = prefill_tile(problem, device, rows)
-        dim = max(16, next_power_of_2(max(problem.head_dim, problem.head_dim_v)))
+        dim = tiles._prefill_dim(problem, tile)
+        assert dim >= max(16, problem.head_dim, problem.head_dim_v)
         # At least q and one block of keys or values; with stages, both of them each.
         blocks = 2 * tile.num_stages * tile.block_n if tile.num_stages > 1 else tile.block_n
         assert (tile.block_m + blocks) * dim * dtype.itemsize <= device.shared_memory, problem
@@ -225,9 +226,12 @@ MEASURED_DECODE = {  # head_dim, rows: what was measured on an H200 (docs/log.md
     (256, 32): (64, 4, 3, 1),
     (256, 64): (32, 4, 2, 1),
 }
-MEASURED_PREFILL = {  # head_dim, most rows of a sequence
-    (64, 4096): (128, 64, 4, 3, 2),
-    (64, 4097): (128, 64, 4, 3, 2),
+MEASURED_PREFILL: dict[tuple[int, int], tuple[Any, ...]] = {  # head_dim, most rows of a sequence
+    (64, 4096): (128, 64, 4, 3, 2, False, 8, True),
+    (64, 4097): (128, 64, 4, 3, 2, False, 8, True),
+    (80, 4097): (128, 64, 4, 3, 2, True, 8, True),
+    (96, 4097): (128, 64, 4, 3, 2, True, 8, True),
+    (160, 4097): (128, 64, 8, 3, 1, True, 8, True, True),
     (128, 4096): (128, 64, 4, 2, 2),
     (128, 4097): (256, 64, 8, 3, 2),
     (256, 4096): (128, 64, 8, 2, 1),
@@ -241,6 +245,31 @@ def test_the_tiles_that_were_measured(dtype: torch.dtype) -> None:
         assert decode_tile(spec(dtype, dim, dim), H200, rows) == tiles.DecodeTile(*decode)
     for (dim, rows), prefill in MEASURED_PREFILL.items():
         assert prefill_tile(spec(dtype, dim, dim), H200, rows) == tiles.PrefillTile(*prefill)
+    of_mla = prefill_tile(spec(dtype, 192, 128), H200, 4097)
+    assert of_mla == tiles.PrefillTile(*MEASURED_PREFILL[160, 4097])
+
+
+@pytest.mark.parametrize(
+    ("dim", "pair"),
+    [(16, (32, 0)), (80, (64, 32)), (112, (128, 0)), (160, (128, 32)), (192, (128, 64))],
+)
+def test_panels_of_a_prefill_tile(dim: int, pair: tuple[int, int]) -> None:
+    assert tiles.prefill_panels(dim, tiles.PrefillTile(128, 64, 8, 3, panels=True)) == pair
+    whole = max(16, next_power_of_2(dim))
+    assert tiles.prefill_panels(dim, tiles.PrefillTile(128, 64, 8, 3)) == (whole, 0)
+
+
+SHORT = {"sm_80": 128, "sm_90": 128, "sm_100": 128, "sm_120": 128, "gfx942": 128, "gfx1100": 0}
+
+
+@pytest.mark.parametrize("chip", SHORT)
+def test_the_tile_of_all_keys(chip: str) -> None:
+    """Of 16-bit numbers, up to a width."""
+    for dim, dim_v in itertools.product((8, 64, 80, 128, 136, 256), (16, 128)):
+        made = spec(torch.bfloat16, dim, dim_v)
+        tile = tiles.short_tile(made, CHIPS[chip])
+        assert (tile is not None) == (max(dim, dim_v) <= SHORT[chip])
+        assert tiles.short_tile(replace(made, kv_dtype=torch.float8_e4m3fn), CHIPS[chip]) is None
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -306,7 +335,7 @@ def test_latent_tiles(
     ("chip", "dtype", "prefill", "decode"),
     [
         ("sm_90", torch.bfloat16, "hopper", "hopper"),
-        ("sm_90", torch.float8_e4m3fn, "hopper", "hopper float8"),
+        ("sm_90", torch.float8_e4m3fn, "hopper float8", "hopper float8"),
         ("sm_90", torch.float32, "nvidia float32", "nvidia float32"),
         ("sm_100", torch.float16, "blackwell", "blackwell"),
         ("sm_120", torch.float16, "ampere", "ampere"),
@@ -417,13 +446,14 @@ def test_decode_candidates_are_what_threads_can_hold(
 def test_a_tile_may_fill_the_memory() -> None:
     """And one byte less is another tile. Heads of 8 take as much as those of 16."""
     problem = spec(torch.float16, 8, 8)
-    first = tiles.PrefillTile(128, 64, 4, 3, 2)
+    grid = tiles.PrefillTile(128, 64, 4, 3, 2)
+    first = replace(grid, sums=8, split_end=True)
     just = replace(H200, shared_memory=2048 + (128 + 2 * 64 * 3) * 16 * 2)
     less = replace(just, shared_memory=just.shared_memory - 1)
     assert prefill_tile(problem, just, 2**31) == first
     assert prefill_tile(problem, less, 2**31) != first
-    assert first in tiles._prefill_grid(problem, just)
-    assert first not in tiles._prefill_grid(problem, less)
+    assert grid in tiles._prefill_grid(problem, just)
+    assert grid not in tiles._prefill_grid(problem, less)
     decode = tiles.DecodeTile(128, 4, 3, 2)
     just = replace(H200, shared_memory=2048 + 2 * (2 * 2 * 128 + 4 * 16) * 16 * 2)
     less = replace(just, shared_memory=just.shared_memory - 1)

@@ -89,9 +89,10 @@ def prefill(
     dim: int = 128,
     dim_v: int = 0,
     dtype: torch.dtype = torch.bfloat16,
+    batch: int = 2,
     **options: Any,
 ) -> Callable[[], object]:
-    """Two packed sequences of up to `seqlen` queries and keys, four query heads to a head."""
+    """Packed sequences of up to `seqlen` queries and keys, four query heads to a head."""
 
     def call() -> object:
         tokens = 2 * seqlen
@@ -99,8 +100,8 @@ def prefill(
             torch.zeros(tokens, 4 * HEADS_KV, dim, dtype=dtype),
             torch.zeros(tokens, HEADS_KV, dim, dtype=dtype),
             torch.zeros(tokens, HEADS_KV, dim_v or dim, dtype=dtype),
-            ints(3),
-            ints(3),
+            ints(batch + 1),
+            ints(batch + 1),
             seqlen,
             seqlen,
             **{"causal": True, "num_splits": 1, "return_softmax_lse": True, "ver": "triton"}
@@ -222,6 +223,7 @@ def key_blocks(seqlen: int, size: int = 128) -> triton_fa.BlockSparseTensors:
 LONG = 2048  # more than 4096 rows with four query heads to a head
 F16, F32, E4M3 = torch.float16, torch.float32, torch.float8_e4m3fn
 
+MANY = 640  # of them, with two kv heads each, fill every chip
 IN_BLOCKS: dict[str, Any] = {
     "mask_mod": documents,
     "aux_tensors": [ints(LONG)],
@@ -240,6 +242,7 @@ CORE = {
     "prefill-64-window-softcap": prefill(
         dim=64, dtype=F16, sinks=sinks(8, F16), window_size=(64, -1), softcap=30.0
     ),
+    "short-128": prefill(64, batch=MANY, sinks=sinks(8)),
     "prefill-blocks": prefill(LONG, **IN_BLOCKS),
     "mixed-float32": mixed(dim=64, dtype=F32),
     "append-rotary": append(rotary_dim=128),
@@ -327,6 +330,15 @@ FEATURES |= {
     "merge-splits-many-rows": merge_splits(tokens=8192),
     "merge-splits-to-float16": merge_splits(out_dtype=F16),
     "merge-pair-256-float32": merge_pair(dim=256, dtype=F32),
+}
+FEATURES |= {f"short-{dim}": prefill(64, dim=dim, batch=MANY) for dim in (16, 64, 80, 96)}
+FEATURES |= {
+    "short-96,128": prefill(64, dim=96, dim_v=128, batch=MANY),
+    "short-128-float16": prefill(64, dtype=F16, batch=MANY),
+    "short-128-full": prefill(64, batch=MANY, causal=False, return_softmax_lse=False),
+    "short-128-window-softcap": prefill(64, batch=MANY, window_size=(16, 0), softcap=30.0),
+    "short-128-both-windows": prefill(64, batch=MANY, causal=False, window_size=(8, 4)),
+    "short-128-negative": prefill(64, batch=MANY, softmax_scale=-1.0),
 }
 # Compiled for Hopper alone, where the kernel that is only there is chosen.
 HOPPER = {

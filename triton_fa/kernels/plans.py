@@ -25,6 +25,7 @@ from triton_fa.kernels.decode import decode_kernel
 from triton_fa.kernels.launch import names_of
 from triton_fa.kernels.prefill import prefill_kernel
 from triton_fa.kernels.schedule import schedule_kernel
+from triton_fa.kernels.short import short_kernel
 from triton_fa.problem import Append, AttnResult, Lengths, Problem, Tensors
 from triton_fa.schedule.tiles import (
     DecodeTile,
@@ -34,6 +35,8 @@ from triton_fa.schedule.tiles import (
     decode_programs,
     latent_tile,
     next_power_of_2,
+    prefill_panels,
+    short_tile,
 )
 from triton_fa.spec import AttnSpec, Bounds, metadata_entries
 
@@ -64,6 +67,8 @@ MANY_SEQUENCES = 256
 """Batches above this are looked through by four warps."""
 PLAN_BELOW = 0.8
 """The prefill path is planned where that leaves less than this of the unplanned programs."""
+SHORT_PROGRAMS = 4
+"""The fewest programs a multiprocessor that take all rows of a sequence and kv head each."""
 MAX_DECODE_ROWS = 64
 """A sequence with at most this many query rows per kv head belongs to the decode path, where the
 chip has tiles for so many."""
@@ -203,8 +208,8 @@ class PlannedLaunch:
     grid: tuple[int, int, int]
     values: dict[str, Any]
     options: dict[str, Any]
-    key_box: tuple[int, int, int] | None = None
-    """(keys, head_dim, head_dim_v) of the blocks that K and V descriptors read, if it has any."""
+    key_box: tuple[int, dict[str, int]] | None = None
+    """Keys of the blocks that descriptors read, if it has any, and the columns of each."""
     in_pairs: bool = False
     """Whether K and V pointers are of 16 bits each for two float8 numbers."""
 
@@ -220,10 +225,11 @@ class PlannedLaunch:
             return _as_bytes(tensor)
         if self.key_box is None:
             return None
-        keys, *dims = self.key_box
-        which = ("k_desc", "v_desc").index(name)
-        tensor = _as_bytes(given[POINTERS.index(("k_ptr", "v_ptr")[which])])
-        return _descriptor(tensor, keys, dims[which])
+        keys, columns = self.key_box
+        if not columns[name]:
+            return None
+        tensor = _as_bytes(given[_PLACES[f"{name[0]}_ptr"]])
+        return _descriptor(tensor, keys, columns[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +261,8 @@ def plan(problem: Problem, device: DeviceFacts) -> Plan:
     varlen_q = problem.tensors.seqused_q is not None
     mean_rows = -(-bounds.total_q // max(1, bounds.batch)) * spec.q_heads_per_kv
     rows = decode_rows(spec, device, most_rows, varlen_q=varlen_q, mean_rows=mean_rows)
+    if most_rows > rows and (tile := _short_tile(problem, device)):
+        return Plan((_short(problem, tile, common),), 0, 0)
     prefill: tuple[PlannedLaunch, ...] = ()
     decode: tuple[PlannedLaunch, ...] = ()
     partial_floats = plan_entries = transposed = 0
@@ -742,8 +750,12 @@ def _prefill(
             ORDERED=is_planned and bounds.batch <= _block_b(bounds.batch),
         )
         return (*launches, *(PlannedLaunch(*step) for step in steps)), counters, transposed
-    block_d = max(16, next_power_of_2(spec.head_dim))
-    block_dv = max(16, next_power_of_2(spec.head_dim_v))
+    d0, d1 = prefill_panels(spec.head_dim, tile)
+    v0, v1 = prefill_panels(spec.head_dim_v, tile)
+    columns = {"k_desc": d0, "k1_desc": d1, "v_desc": v0, "v1_desc": v1}
+    described = _describable(problem, device, tile)
+    # Keys in their order; the interpreter has no descriptors, but is where the loops are tested.
+    in_order = (described or INTERPRETED) and problem.tensors.blocks is None
     prefill = PlannedLaunch(
         prefill_kernel,
         (tiles * spec.num_heads_kv, 1, 1),
@@ -760,13 +772,58 @@ def _prefill(
             BLOCK_M=tile.block_m,
             HALVES=tile.halves,
             BLOCK_N=tile.block_n,
-            BLOCK_D=block_d,
-            BLOCK_DV=block_dv,
+            D0=d0,
+            D1=d1,
+            V0=v0,
+            V1=v1,
+            SUMS=tile.sums,
+            AHEAD=tile.ahead and in_order and not spec.page_size,
+            SPLIT_END=tile.split_end and in_order,
         ),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-        (tile.block_n, block_d, block_dv) if _describable(problem, device, tile) else None,
+        (tile.block_n, columns) if described else None,
     )
     return (*launches, prefill), 0, 0
+
+
+def _short_tile(problem: Problem, device: DeviceFacts) -> PrefillTile | None:
+    """The tile of `_short`, None for calls that it does not take.
+
+    Its programs are long ones where rows are many, and few where sequences are.
+    """
+    spec, bounds, tensors = problem.spec, problem.bounds, problem.tensors
+    tile = short_tile(spec, device)
+    if tile is None or max(bounds.max_seqlen_q, bounds.max_seqlen_k) > tile.block_n:
+        return None
+    if bounds.batch * spec.num_heads_kv < SHORT_PROGRAMS * device.num_sms:
+        return None
+    if spec.batch_invariant:  # bits must not depend on how long sequences may be
+        return None
+    others = (
+        spec.page_size or None,
+        spec.score_mod,
+        spec.mask_mod,
+        tensors.append,
+        tensors.cache_leftpad,
+        tensors.cache_batch_idx,
+        tensors.scheduler_metadata,
+    )
+    return tile if all(other is None for other in others) else None
+
+
+def _short(problem: Problem, tile: PrefillTile, common: dict[str, Any]) -> PlannedLaunch:
+    """The launch for sequences with keys for one tile, and not many more rows."""
+    spec, bounds = problem.spec, problem.bounds
+    values = _arguments(
+        short_kernel,
+        common,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=max(16, next_power_of_2(spec.head_dim)),
+        BLOCK_DV=max(16, next_power_of_2(spec.head_dim_v)),
+    )
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return PlannedLaunch(short_kernel, (bounds.batch * spec.num_heads_kv, 1, 1), values, options)
 
 
 def _within_blocks(problem: Problem, tile: PrefillTile) -> tuple[PrefillTile, dict[str, int]]:

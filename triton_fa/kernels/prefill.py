@@ -148,33 +148,35 @@ def key_pages(
 
 
 @triton.jit
-def load_keys(
-    source,  # (descriptor [batch or pages, tokens, heads, dim] or None, pointer, strides)
+def load_panel(
+    descriptor,  # [batch or pages, tokens, heads, dim] or None
+    source,  # (its descriptor, that of the second panel, pointer, strides)
     place,  # (page or sequence, first key token, kv head)
     start,
     live_keys,
     total_k,
     head_dim: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGED: tl.constexpr,
     CLAMP: tl.constexpr,
 ):
-    """One block of keys or values, [BLOCK_N, BLOCK_D].
+    """Columns [COLUMN, COLUMN + WIDTH) of one block of keys or values, [BLOCK_N, WIDTH].
 
     Rows outside `live_keys` are whatever lies there when read through a descriptor, and repeat
     the nearest live key when read through pointers with CLAMP.
     """
     page, first_k, head = place
-    descriptor, base_ptr, strides = source
     if descriptor is not None:
         if PAGED:
-            block = descriptor.load([page, start % PAGE_SIZE, head, 0])
+            block = descriptor.load([page, start % PAGE_SIZE, head, COLUMN])
         else:
-            block = descriptor.load([page, first_k + start, head, 0])
-        return block.reshape([BLOCK_N, BLOCK_D])
+            block = descriptor.load([page, first_k + start, head, COLUMN])
+        return block.reshape([BLOCK_N, WIDTH])
     else:
+        strides = source[3]
         token = start + tl.arange(0, BLOCK_N)
         if CLAMP:
             token = tl.minimum(tl.maximum(token, live_keys[0]), live_keys[1])
@@ -183,34 +185,107 @@ def load_keys(
         else:
             slot = tl.minimum(token + first_k, total_k - 1)
         rows = page.to(tl.int64) * strides[0] + slot.to(tl.int64) * strides[1]
-        dims = tl.arange(0, BLOCK_D)
-        if head_dim != BLOCK_D:
+        dims = COLUMN + tl.arange(0, WIDTH)
+        if head_dim < COLUMN + WIDTH:
             return tl.load(
-                base_ptr + rows[:, None] + dims[None, :],
+                source[2] + rows[:, None] + dims[None, :],
                 mask=(dims < head_dim)[None, :],
                 other=0,
             )
         else:
-            return tl.load(base_ptr + rows[:, None] + dims[None, :])
+            return tl.load(source[2] + rows[:, None] + dims[None, :])
 
 
 @triton.jit
-def masked_scores(
+def load_keys(
+    source,
+    place,
+    start,
+    live_keys,
+    total_k,
+    head_dim: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGED: tl.constexpr,
+    CLAMP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    BY: tl.constexpr,
+):
+    """The panels of one block of keys or values; the second is the first without D1."""
+    first = load_panel(
+        source[0],
+        source,
+        place,
+        start,
+        live_keys,
+        total_k,
+        head_dim,
+        BLOCK_N,
+        0,
+        D0,
+        PAGE_SIZE,
+        PAGED,
+        CLAMP,
+    )
+    first = from_fp8(first, FORMAT, BY)
+    second = first
+    if D1 > 0:
+        second = load_panel(
+            source[1],
+            source,
+            place,
+            start,
+            live_keys,
+            total_k,
+            head_dim,
+            BLOCK_N,
+            D0,
+            D1,
+            PAGE_SIZE,
+            PAGED,
+            CLAMP,
+        )
+        second = from_fp8(second, FORMAT, BY)
+    return first, second
+
+
+@triton.jit
+def scores(
+    queries,  # panels of rows
+    keys,  # panels of a block
+    D1: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    IEEE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """queries @ keys.T in float32."""
+    zeros = tl.zeros([BLOCK_H, BLOCK_N], tl.float32)
+    raw = dot(queries[0], keys[0].T, zeros, IEEE, INTERPRETED)
+    if D1 > 0:
+        raw = dot(queries[1], keys[1].T, raw, IEEE, INTERPRETED)
+    return raw
+
+
+@triton.jit
+def changed_scores(
     raw,
     start,
-    row_range,  # first key and one past the last key that each row sees
+    row_scale,
     cells,  # see `scored_by`; the keys' place holds the padding
     scale_log2,
     softcap_log2,
     BLOCK_N: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SCORE_MOD: tl.constexpr,
     MASK_MOD: tl.constexpr,
-    MASKED: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """Scores of the block of keys at `start`: raw, or in base 2 if changed; masked -inf."""
+    """Scores of the block of keys at `start`: raw, or in base 2 if changed."""
+    if row_scale is not None:
+        raw *= row_scale[:, None]
     if SCORE_MOD is not None or MASK_MOD is not None:
         keys = (start + tl.arange(0, BLOCK_N) - cells[3])[None, :]
         cells = (cells[0], cells[1], cells[2], keys, cells[4], cells[5], cells[6])
@@ -220,6 +295,19 @@ def masked_scores(
         raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
     if MASK_MOD is not None:
         raw = masked_by(MASK_MOD, raw, cells)
+    return raw
+
+
+@triton.jit
+def ranged_scores(
+    raw,
+    start,
+    row_range,  # first key and one past the last key that each row sees
+    BLOCK_N: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Scores of the block of keys at `start`, -inf for keys that a row does not see."""
     if MASKED:
         token = start + tl.arange(0, BLOCK_N)
         keep = token[None, :] < row_range[1][:, None]
@@ -230,23 +318,58 @@ def masked_scores(
 
 
 @triton.jit
-def softmax_step(raw, row_max, row_sum, scale_log2, IN_BASE_2: tl.constexpr):
-    """(weights, factor for what was summed before, new row maximum, new row sum)."""
+def folded(x, COLUMNS: tl.constexpr):
+    """[rows, columns] summed to as many columns."""
+    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // COLUMNS, COLUMNS]), 1)
+
+
+@triton.jit
+def maximum_with(row_max, raw, scale_log2, IN_BASE_2: tl.constexpr):
+    """The row maximum in base 2, and of these scores."""
     if IN_BASE_2:
-        new_max = tl.maximum(row_max, tl.max(raw, 1))
-        prob = tl.exp2(raw - new_max[:, None])
+        return tl.maximum(row_max, tl.max(raw, 1))
     else:
         # The scale is positive (the launcher folds a sign into q).
-        new_max = tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
+        return tl.maximum(row_max, tl.max(raw, 1) * scale_log2)
+
+
+@triton.jit
+def weigh(
+    raw,
+    row_max,
+    new_max,
+    row_sum,
+    acc0,
+    acc1,
+    values,
+    scale_log2,
+    V1: tl.constexpr,
+    SUMS: tl.constexpr,
+    IN_BASE_2: tl.constexpr,
+    IEEE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """(new row sum, accumulators) with a block of scores whose maximum is known."""
+    if IN_BASE_2:
+        prob = tl.exp2(raw - new_max[:, None])
+    else:
         prob = tl.exp2(raw * scale_log2 - new_max[:, None])
     alpha = tl.exp2(row_max - new_max)
-    return prob, alpha, new_max, row_sum * alpha + tl.sum(prob, 1)
+    if SUMS > 0:
+        row_sum = row_sum * alpha[:, None] + folded(prob, SUMS)
+    else:
+        row_sum = row_sum * alpha + tl.sum(prob, 1)
+    weights = prob.to(values[0].dtype)
+    acc0 = dot(weights, values[0], acc0 * alpha[:, None], IEEE, INTERPRETED)
+    if V1 > 0:
+        acc1 = dot(weights, values[1], acc1 * alpha[:, None], IEEE, INTERPRETED)
+    return row_sum, acc0, acc1
 
 
 @triton.jit
 def attend_blocks(
-    state,  # (row maximum, row sum, accumulator) of each half of the rows
-    queries,  # the rows' halves; None for the second if there is one only
+    state,  # (row maximum, row sum, accumulators) of each half of the rows, next scores
+    queries,  # panels of the rows' halves; None for the second if there is one only
     row_scales,  # factors of the halves' scores, or None
     begin,
     end,
@@ -254,7 +377,7 @@ def attend_blocks(
     row_ranges,  # of each half
     row_cells,  # what the caller's functions are told of each half
     live_keys,  # first and last key that any row of the tile sees
-    keys,  # (descriptor, pointer, strides) of K
+    keys,  # (descriptors, pointer, strides) of K
     values,  # and of V
     place,  # (sequence, first key token, kv head)
     paging,  # (page_table_ptr, row offset, num_pages)
@@ -265,8 +388,12 @@ def attend_blocks(
     HEAD_DIM_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    SUMS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SPARSE_N: tl.constexpr,
     HAS_FIRST: tl.constexpr,
@@ -275,6 +402,7 @@ def attend_blocks(
     SCORE_MOD: tl.constexpr,
     MASK_MOD: tl.constexpr,
     MASKED: tl.constexpr,
+    CLEAN: tl.constexpr,
     KEY_FORMAT: tl.constexpr,
     K_FROM_FP8: tl.constexpr,
     V_FROM_FP8: tl.constexpr,
@@ -283,14 +411,21 @@ def attend_blocks(
 ):
     """Online softmax over key blocks [begin, end), BLOCK_N apart.
 
-    With two halves, the products of one run while the softmax of the other does.
+    With two halves, the products of one run while the softmax of the other does. With AHEAD,
+    which is for neither halves nor pages nor lists, the scores of the next block are computed
+    beside the softmax of this one.
     """
-    row_max0, row_sum0, acc0, row_max1, row_sum1, acc1 = state
-    IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
+    row_max0, row_sum0, acc00, acc01, row_max1, row_sum1, acc10, acc11, raw_ahead = state
     PAGED: tl.constexpr = paging[0] is not None
     TMA: tl.constexpr = keys[0] is not None
     TWO: tl.constexpr = queries[1] is not None
     WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
+    K_AHEAD: tl.constexpr = BLOCK_N if AHEAD else 0
+    IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
+    if AHEAD:
+        # They may be from a part of the blocks that needs no mask.
+        raw_ahead = ranged_scores(raw_ahead, begin, row_ranges[0], BLOCK_N, HAS_FIRST, MASKED)
+        top_ahead = maximum_with(row_max0, raw_ahead, scale_log2, IN_BASE_2)
     if PAGED:
         first = listed(begin, key_list, SPARSE_N)
         page = key_pages(paging, first, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
@@ -306,15 +441,18 @@ def attend_blocks(
         k = load_keys(
             keys,
             here,
-            start,
+            start + K_AHEAD,
             live_keys,
             total_k,
             HEAD_DIM,
             BLOCK_N,
-            BLOCK_D,
+            D0,
+            D1,
             PAGE_SIZE,
             PAGED,
-            MASKED,
+            MASKED or AHEAD,
+            KEY_FORMAT,
+            K_FROM_FP8,
         )
         v = load_keys(
             values,
@@ -324,69 +462,131 @@ def attend_blocks(
             total_k,
             HEAD_DIM_V,
             BLOCK_N,
-            BLOCK_DV,
+            V0,
+            V1,
             PAGE_SIZE,
             PAGED,
             MASKED,
+            KEY_FORMAT,
+            V_FROM_FP8,
         )
-        k = from_fp8(k, KEY_FORMAT, K_FROM_FP8)
-        v = from_fp8(v, KEY_FORMAT, V_FROM_FP8)
-        if MASKED and TMA:
+        if CLEAN and TMA:
             # Unused rows may hold NaN, and 0 * NaN is not 0.
             token = start + tl.arange(0, BLOCK_N)
             live = token <= live_keys[1]
             if PADDED:
                 live &= token >= live_keys[0]
-            v = tl.where(live[:, None], v, 0.0)
-        raw0 = dot(queries[0], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
+            v0 = tl.where(live[:, None], v[0], 0.0)
+            if V1 > 0:
+                v = (v0, tl.where(live[:, None], v[1], 0.0))
+            else:
+                v = (v0, v0)
+        raw0 = scores(queries[0], k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
         if TWO:
-            raw1 = dot(queries[1], k.T, tl.zeros([BLOCK_H, BLOCK_N], tl.float32), IEEE, INTERPRETED)
-            if row_scales[1] is not None:
-                raw1 *= row_scales[1][:, None]
-        if row_scales[0] is not None:
-            raw0 *= row_scales[0][:, None]
-        raw0 = masked_scores(
-            raw0,
-            start,
-            row_ranges[0],
-            row_cells[0],
-            scale_log2,
-            softcap_log2,
-            BLOCK_N,
-            HAS_FIRST,
-            HAS_SOFTCAP,
-            SCORE_MOD,
-            MASK_MOD,
-            MASKED,
-            IEEE,
-        )
-        prob0, alpha0, row_max0, row_sum0 = softmax_step(
-            raw0, row_max0, row_sum0, scale_log2, IN_BASE_2
-        )
-        acc0 = dot(prob0.to(v.dtype), v, acc0 * alpha0[:, None], IEEE, INTERPRETED)
+            raw1 = scores(queries[1], k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
+        if AHEAD:
+            row_sum0, acc00, acc01 = weigh(
+                raw_ahead,
+                row_max0,
+                top_ahead,
+                row_sum0,
+                acc00,
+                acc01,
+                v,
+                scale_log2,
+                V1,
+                SUMS,
+                IN_BASE_2,
+                IEEE,
+                INTERPRETED,
+            )
+            # This is `top_ahead`, but Triton 3.6 does not pipeline a loop that hands a value on.
+            row_max0 = tl.maximum(row_max0, top_ahead)
+            # The next block's maximum, while the products above are under way.
+            raw_ahead = changed_scores(
+                raw0,
+                start + BLOCK_N,
+                row_scales[0],
+                row_cells[0],
+                scale_log2,
+                softcap_log2,
+                BLOCK_N,
+                HAS_SOFTCAP,
+                SCORE_MOD,
+                MASK_MOD,
+                IEEE,
+            )
+            raw_ahead = ranged_scores(
+                raw_ahead, start + BLOCK_N, row_ranges[0], BLOCK_N, HAS_FIRST, MASKED
+            )
+            top_ahead = maximum_with(row_max0, raw_ahead, scale_log2, IN_BASE_2)
+        else:
+            raw0 = changed_scores(
+                raw0,
+                start,
+                row_scales[0],
+                row_cells[0],
+                scale_log2,
+                softcap_log2,
+                BLOCK_N,
+                HAS_SOFTCAP,
+                SCORE_MOD,
+                MASK_MOD,
+                IEEE,
+            )
+            raw0 = ranged_scores(raw0, start, row_ranges[0], BLOCK_N, HAS_FIRST, MASKED)
+            top0 = maximum_with(row_max0, raw0, scale_log2, IN_BASE_2)
+            row_sum0, acc00, acc01 = weigh(
+                raw0,
+                row_max0,
+                top0,
+                row_sum0,
+                acc00,
+                acc01,
+                v,
+                scale_log2,
+                V1,
+                SUMS,
+                IN_BASE_2,
+                IEEE,
+                INTERPRETED,
+            )
+            row_max0 = top0
         if TWO:
-            raw1 = masked_scores(
+            raw1 = changed_scores(
                 raw1,
                 start,
-                row_ranges[1],
+                row_scales[1],
                 row_cells[1],
                 scale_log2,
                 softcap_log2,
                 BLOCK_N,
-                HAS_FIRST,
                 HAS_SOFTCAP,
                 SCORE_MOD,
                 MASK_MOD,
-                MASKED,
                 IEEE,
             )
-            prob1, alpha1, row_max1, row_sum1 = softmax_step(
-                raw1, row_max1, row_sum1, scale_log2, IN_BASE_2
+            raw1 = ranged_scores(raw1, start, row_ranges[1], BLOCK_N, HAS_FIRST, MASKED)
+            top1 = maximum_with(row_max1, raw1, scale_log2, IN_BASE_2)
+            row_sum1, acc10, acc11 = weigh(
+                raw1,
+                row_max1,
+                top1,
+                row_sum1,
+                acc10,
+                acc11,
+                v,
+                scale_log2,
+                V1,
+                SUMS,
+                IN_BASE_2,
+                IEEE,
+                INTERPRETED,
             )
-            acc1 = dot(prob1.to(v.dtype), v, acc1 * alpha1[:, None], IEEE, INTERPRETED)
+            row_max1 = top1
         if PAGED:
             page = page_next
-    return row_max0, row_sum0, acc0, row_max1, row_sum1, acc1
+    return row_max0, row_sum0, acc00, acc01, row_max1, row_sum1, acc10, acc11, raw_ahead
 
 
 @triton.jit
@@ -403,23 +603,64 @@ def row_view(
 
 
 @triton.jit
-def load_rows(base, rows, num_rows, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Query rows as [rows, BLOCK], zeros where there are none."""
-    pointers, mask = row_view(base, rows, num_rows, GROUP)
-    dims = tl.arange(0, BLOCK)
-    return tl.load(
-        pointers[:, None] + dims[None, :], mask=mask[:, None] & (dims < DIM)[None, :], other=0
-    )
+def load_rows(
+    base,
+    rows,
+    num_rows,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    FORMAT: tl.constexpr,
+    NEGATE: tl.constexpr,
+):
+    """The panels of query rows, zeros where there are none; the second is the first without D1."""
+    first = load_columns(base, rows, num_rows, GROUP, DIM, 0, D0, FORMAT, NEGATE)
+    second = first
+    if D1 > 0:
+        second = load_columns(base, rows, num_rows, GROUP, DIM, D0, D1, FORMAT, NEGATE)
+    return first, second
 
 
 @triton.jit
-def halved(q, factor):
+def load_columns(
+    base,
+    rows,
+    num_rows,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FORMAT: tl.constexpr,
+    NEGATE: tl.constexpr,
+):
+    """Columns [COLUMN, COLUMN + WIDTH) of query rows."""
+    pointers, mask = row_view(base, rows, num_rows, GROUP)
+    dims = COLUMN + tl.arange(0, WIDTH)
+    q = tl.load(
+        pointers[:, None] + dims[None, :], mask=mask[:, None] & (dims < DIM)[None, :], other=0
+    )
+    q = from_fp8(q, FORMAT, "bits")
+    if NEGATE:
+        q = -q
+    return q
+
+
+@triton.jit
+def halved(q, factor, D1: tl.constexpr):
     """float16 rows, and what their scores are multiplied by: `factor`, and what they lost."""
-    if q.dtype == tl.bfloat16:
-        power = power_above(largest(q))
-        return divided(q, power), power * factor
+    if q[0].dtype == tl.bfloat16:
+        top = largest(q[0])
+        if D1 > 0:
+            top = tl.maximum(top, largest(q[1]))
+        power = power_above(top)
+        first = divided(q[0], power)
+        second = first
+        if D1 > 0:
+            second = divided(q[1], power)
+        return (first, second), power * factor
     else:
-        return q, tl.zeros([q.shape[0]], tl.float32) + factor
+        return q, tl.zeros([q[0].shape[0]], tl.float32) + factor
 
 
 @triton.jit
@@ -431,20 +672,50 @@ def store_rows(
     num_rows,
     row_max,
     row_sum,
-    acc,
+    acc0,
+    acc1,
+    v_factor,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    SUMS: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
     """Divide by the sums and write rows of the result."""
+    if SUMS > 0:
+        row_sum = tl.sum(row_sum, 1)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + rows % GROUP).to(tl.float32) * LOG2E
         factor, lse = finish(row_max, row_sum, sink, True)
     else:
         factor, lse = finish(row_max, row_sum, 0.0, False)
+    if v_factor is not None:
+        factor *= v_factor
+    store_columns(out_base, rows, num_rows, row_sum, acc0, factor, GROUP, DIM, 0, V0)
+    if V1 > 0:
+        store_columns(out_base, rows, num_rows, row_sum, acc1, factor, GROUP, DIM, V0, V1)
+    if HAS_LSE:
+        pointers, mask = row_view(lse_base, rows, num_rows, GROUP)
+        tl.store(pointers, lse, mask=mask)
+
+
+@triton.jit
+def store_columns(
+    out_base,
+    rows,
+    num_rows,
+    row_sum,
+    acc,
+    factor,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Columns [COLUMN, COLUMN + WIDTH) of rows of the result; zeros where the sum is 0."""
     pointers, mask = row_view(out_base, rows, num_rows, GROUP)
-    dims = tl.arange(0, BLOCK)
+    dims = COLUMN + tl.arange(0, WIDTH)
     tl.store(
         pointers[:, None] + dims[None, :],
         tl.where((row_sum != 0)[:, None], acc * factor[:, None], 0.0).to(
@@ -452,9 +723,6 @@ def store_rows(
         ),
         mask=mask[:, None] & (dims < DIM)[None, :],
     )
-    if HAS_LSE:
-        pointers, mask = row_view(lse_base, rows, num_rows, GROUP)
-        tl.store(pointers, lse, mask=mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -465,7 +733,9 @@ def prefill_kernel(
     k_ptr,
     v_ptr,
     k_desc,
+    k1_desc,  # of the second panels
     v_desc,
+    v1_desc,
     page_table_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -540,8 +810,13 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    D0: tl.constexpr,  # columns of the panels of queries and keys, 0 for no second one
+    D1: tl.constexpr,
+    V0: tl.constexpr,  # and of values
+    V1: tl.constexpr,
+    SUMS: tl.constexpr,  # columns that a row's weights are summed to in loops; 0: to one number
+    AHEAD: tl.constexpr,  # scores are computed a block ahead
+    SPLIT_END: tl.constexpr,  # the block on the sequence's end is a part of its own
     HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     NEGATE: tl.constexpr,
@@ -636,10 +911,7 @@ def prefill_kernel(
             q_stride_h,
         )
         rows0 = first_row + tl.arange(0, BLOCK_H)
-        q0 = load_rows(q_base, rows0, query_rows, GROUP, HEAD_DIM, BLOCK_D)
-        q0 = from_fp8(q0, Q_FORMAT, "bits")
-        if NEGATE:
-            q0 = -q0
+        q0 = load_rows(q_base, rows0, query_rows, GROUP, HEAD_DIM, D0, D1, Q_FORMAT, NEGATE)
         row_scales = (None, None)
         seen = seqlen_k - padding
         cells0 = (
@@ -652,6 +924,14 @@ def prefill_kernel(
             aux_ptr,
         )
         row_cells = (cells0, cells0)
+        if SUMS > 0:
+            no_sum = tl.zeros([BLOCK_H, SUMS], tl.float32)
+        else:
+            no_sum = tl.zeros([BLOCK_H], tl.float32)
+        if V1 > 0:
+            acc01 = tl.zeros([BLOCK_H, V1], tl.float32)
+        else:
+            acc01 = tl.zeros([1], tl.float32)
         if KEY_FORMAT != "":
             factor = 1.0
             if q_descale_ptr is not None:
@@ -660,16 +940,13 @@ def prefill_kernel(
             if k_descale_ptr is not None:
                 cell = seq_idx.to(tl.int64) * k_descale_stride_b + head * k_descale_stride_h
                 factor *= tl.load(k_descale_ptr + cell)
-            q0, scale0 = halved(q0, factor)
+            q0, scale0 = halved(q0, factor, D1)
             row_scales = (scale0, None)
         if HALVES == 2:
             rows1 = first_row + BLOCK_H + tl.arange(0, BLOCK_H)
-            q1 = load_rows(q_base, rows1, query_rows, GROUP, HEAD_DIM, BLOCK_D)
-            q1 = from_fp8(q1, Q_FORMAT, "bits")
-            if NEGATE:
-                q1 = -q1
+            q1 = load_rows(q_base, rows1, query_rows, GROUP, HEAD_DIM, D0, D1, Q_FORMAT, NEGATE)
             if KEY_FORMAT != "":
-                q1, scale1 = halved(q1, factor)
+                q1, scale1 = halved(q1, factor, D1)
                 row_scales = (scale0, scale1)
             queries = (q0, q1)
             cells1 = (
@@ -686,25 +963,17 @@ def prefill_kernel(
                 seen_keys(rows0 // GROUP, offset, padding, seqlen_k, windows),
                 seen_keys(rows1 // GROUP, offset, padding, seqlen_k, windows),
             )
-            state = (
-                tl.full([BLOCK_H], NO_SCORE, tl.float32),
-                tl.zeros([BLOCK_H], tl.float32),
-                tl.zeros([BLOCK_H, BLOCK_DV], tl.float32),
-                tl.full([BLOCK_H], NO_SCORE, tl.float32),
-                tl.zeros([BLOCK_H], tl.float32),
-                tl.zeros([BLOCK_H, BLOCK_DV], tl.float32),
-            )
+            row_max1 = tl.full([BLOCK_H], NO_SCORE, tl.float32)
+            row_sum1 = no_sum
+            acc10 = tl.zeros([BLOCK_H, V0], tl.float32)
+            acc11 = acc01
         else:
             queries = (q0, None)
             row_ranges = (seen_keys(rows0 // GROUP, offset, padding, seqlen_k, windows), None)
-            state = (
-                tl.full([BLOCK_H], NO_SCORE, tl.float32),
-                tl.zeros([BLOCK_H], tl.float32),
-                tl.zeros([BLOCK_H, BLOCK_DV], tl.float32),
-                tl.zeros([1], tl.float32),
-                tl.zeros([1], tl.float32),
-                tl.zeros([1], tl.float32),
-            )
+            row_max1 = tl.zeros([1], tl.float32)
+            row_sum1 = tl.zeros([1], tl.float32)
+            acc10 = tl.zeros([1], tl.float32)
+            acc11 = tl.zeros([1], tl.float32)
         # Where its keys are: of a dense cache, or of the page table.
         row = seq_idx
         if batch_idx_ptr is not None:
@@ -714,8 +983,8 @@ def prefill_kernel(
         if k_desc is None:
             k_base += head.to(tl.int64) * k_stride_h
             v_base += head.to(tl.int64) * v_stride_h
-        keys = (k_desc, k_base, (k_stride_b, k_stride_t))
-        values = (v_desc, v_base, (v_stride_b, v_stride_t))
+        keys = (k_desc, k1_desc, k_base, (k_stride_b, k_stride_t))
+        values = (v_desc, v1_desc, v_base, (v_stride_b, v_stride_t))
         if cu_seqlens_k_ptr is None:
             place = (row, first_k, head)
         else:
@@ -738,9 +1007,55 @@ def prefill_kernel(
             masked_count = entries_inside(masked_entries, masked_count, blocks)
             full_count = entries_inside(full_entries, full_count, blocks)
             inside = entries_inside(full_entries, full_count, seqlen_k // SPARSE_N)
+        raw_ahead = tl.zeros([1], tl.float32)
+        if AHEAD:
+            k_first = load_keys(
+                keys,
+                place,
+                begin,
+                live_keys,
+                total_k,
+                HEAD_DIM,
+                BLOCK_N,
+                D0,
+                D1,
+                PAGE_SIZE,
+                False,
+                True,
+                KEY_FORMAT,
+                K_FROM_FP8,
+            )
+            raw_ahead = scores(queries[0], k_first, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
+            raw_ahead = changed_scores(
+                raw_ahead,
+                begin,
+                row_scales[0],
+                row_cells[0],
+                scale_log2,
+                softcap_log2,
+                BLOCK_N,
+                HAS_SOFTCAP,
+                SCORE_MOD,
+                MASK_MOD,
+                IEEE,
+            )
+        state = (
+            tl.full([BLOCK_H], NO_SCORE, tl.float32),
+            no_sum,
+            tl.zeros([BLOCK_H, V0], tl.float32),
+            acc01,
+            row_max1,
+            row_sum1,
+            acc10,
+            acc11,
+            raw_ahead,
+        )
+        # Behind these keys a block may have places that are no keys of the sequence.
+        whole = tl.minimum(seqlen_k // BLOCK_N * BLOCK_N, stop)
+        whole = tl.maximum(whole, full_end)
         # The keys before those that every row sees, those, and what is behind them. With lists:
         # full blocks inside the sequence, full blocks on its end, masked blocks.
-        for PART in tl.static_range(3):
+        for PART in tl.static_range(4 if SPLIT_END else 3):
             key_list = None
             if SPARSE_M > 0:
                 if PART == 0:
@@ -761,10 +1076,15 @@ def prefill_kernel(
             elif PART == 1:
                 part_begin = full_begin
                 part_end = full_end
-            else:
+            elif PART == 2:
                 part_begin = full_end
+                part_end = whole if SPLIT_END else stop
+            else:
+                part_begin = whole
                 part_end = stop
-            if PART > 0 or HAS_FIRST or SPARSE_M > 0:
+            # Parts that are there: without windows or padding nothing is before the second, and
+            # between it and the split end nothing is without a diagonal.
+            if (PART > 0 or HAS_FIRST or SPARSE_M > 0) and (PART != 2 or HAS_END or not SPLIT_END):
                 state = attend_blocks(
                     state,
                     queries,
@@ -786,8 +1106,12 @@ def prefill_kernel(
                     HEAD_DIM_V,
                     BLOCK_H,
                     BLOCK_N,
-                    BLOCK_D,
-                    BLOCK_DV,
+                    D0,
+                    D1,
+                    V0,
+                    V1,
+                    SUMS,
+                    AHEAD,
                     PAGE_SIZE,
                     SPARSE_N,
                     HAS_FIRST,
@@ -796,6 +1120,7 @@ def prefill_kernel(
                     SCORE_MOD,
                     MASK_MOD if PART == 2 or SPARSE_M == 0 else None,
                     (0 if SPARSE_M > 0 else 1) != PART,
+                    (0 if SPARSE_M > 0 else 1) != PART and (PART != 2 or not SPLIT_END),
                     KEY_FORMAT,
                     K_FROM_FP8,
                     V_FROM_FP8,
@@ -820,7 +1145,7 @@ def prefill_kernel(
                 lse_stride_t,
                 lse_stride_h,
             )
-        v_factor = 1.0
+        v_factor = None
         if v_descale_ptr is not None:
             cell = seq_idx.to(tl.int64) * v_descale_stride_b + head * v_descale_stride_h
             v_factor = tl.load(v_descale_ptr + cell)
@@ -835,10 +1160,14 @@ def prefill_kernel(
             query_rows,
             state[0],
             state[1],
-            state[2] if v_descale_ptr is None else state[2] * v_factor,
+            state[2],
+            state[3],
+            v_factor,
             GROUP,
             HEAD_DIM_V,
-            BLOCK_DV,
+            V0,
+            V1,
+            SUMS,
             HAS_LSE,
         )
         if HALVES == 2:
@@ -848,11 +1177,15 @@ def prefill_kernel(
                 sinks,
                 rows1,
                 query_rows,
-                state[3],
                 state[4],
-                state[5] if v_descale_ptr is None else state[5] * v_factor,
+                state[5],
+                state[6],
+                state[7],
+                v_factor,
                 GROUP,
                 HEAD_DIM_V,
-                BLOCK_DV,
+                V0,
+                V1,
+                SUMS,
                 HAS_LSE,
             )

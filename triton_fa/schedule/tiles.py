@@ -12,7 +12,7 @@ from typing import TypeVar
 from triton_fa.device import DeviceFacts
 from triton_fa.spec import AttnSpec
 
-FORMAT = 1
+FORMAT = 2
 """Of tiles and their candidates: measurements made with another are not used."""
 
 LONG_ROWS = (64, 4096)
@@ -33,6 +33,12 @@ class PrefillTile:
     num_warps: int
     num_stages: int
     halves: int = 1  # 2: the rows are computed as two halves, products beside softmax
+    panels: bool = False  # heads that are no power of two are two panels: see `prefill_panels`
+    sums: int = 0  # columns that a row's weights are summed to in loops; 0: to one number
+    # Where keys and values are read through descriptors: the block on a sequence's end is a loop of
+    # its own; scores are computed a block ahead, but not of pages.
+    split_end: bool = False
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,11 @@ def decode_panels(dim: int, rows: int, itemsize: int = 2) -> tuple[int, int]:
     return panels(dim, 64 if rows >= 64 else 16)
 
 
+def prefill_panels(dim: int, tile: PrefillTile) -> tuple[int, int]:
+    """The panels of a prefill kernel, whose products are wgmma on Hopper: not below 32."""
+    return panels(dim, 32) if tile.panels else (max(16, next_power_of_2(dim)), 0)
+
+
 def _shared_budget(device: DeviceFacts) -> int:
     return device.shared_memory - 2048
 
@@ -78,6 +89,15 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
     "cpu": ((256, PrefillTile(32, 32, 4, 1)),),
     # Measured (docs/log.md). Two halves keep the tensor cores busy during softmax.
     "hopper": (
+        (64, PrefillTile(128, 64, 4, 3, 2, sums=8, split_end=True)),
+        (96, PrefillTile(128, 64, 4, 3, 2, panels=True, sums=8, split_end=True)),
+        (128, PrefillTile(256, 64, 8, 3, 2)),
+        (128, PrefillTile(128, 64, 4, 2, 2)),
+        (192, PrefillTile(128, 64, 8, 3, panels=True, sums=8, split_end=True, ahead=True)),
+        (256, PrefillTile(128, 64, 8, 2)),
+        (256, PrefillTile(64, 64, 4, 2)),
+    ),
+    "hopper float8": (
         (64, PrefillTile(128, 64, 4, 3, 2)),
         (128, PrefillTile(256, 64, 8, 3, 2)),
         (128, PrefillTile(128, 64, 4, 2, 2)),
@@ -126,6 +146,21 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
 """Classes of chips: pairs of the widest head a tile is for and the tile, the first choice first."""
 
 
+_SHORT: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
+    "cpu": ((256, PrefillTile(32, 64, 4, 1)),),
+    # Measured (docs/log.md).
+    "hopper": ((128, PrefillTile(64, 64, 4, 2)),),
+    "blackwell": ((128, PrefillTile(64, 64, 4, 2)),),
+    "ampere": ((128, PrefillTile(64, 64, 4, 2)),),
+    "nvidia float32": (),
+    "cdna": ((128, PrefillTile(64, 64, 4, 2)),),
+    "cdna float32": (),
+    "rdna": (),
+}
+"""Tiles of programs that take all keys of a sequence at once, up to this wide a head; the rest of
+the chips, of heads and of numbers has none."""
+
+
 Choices = TypeVar("Choices")
 
 
@@ -144,14 +179,29 @@ def _choices(tables: dict[str, Choices], spec: AttnSpec, device: DeviceFacts) ->
 
 def prefill_tile(spec: AttnSpec, device: DeviceFacts, max_rows: int) -> PrefillTile:
     """The prefill tile for `spec` when one sequence has at most `max_rows` rows per kv head."""
-    dim = max(next_power_of_2(spec.head_dim), next_power_of_2(spec.head_dim_v), 16)
+    dim = max(spec.head_dim, spec.head_dim_v)
     size = spec.dtype.itemsize
     # Short sequences leave fewer rows idle in the smaller tiles.
     most_rows = 64 << sum(max_rows > n for n in LONG_ROWS)
     table = _choices(_PREFILL, spec, device)
     choices = [t for widest, t in table if min(256, dim) <= widest and t.block_m <= most_rows]
-    fitting = (c for c in choices if _prefill_bytes(c, dim, size) <= _shared_budget(device))
+    budget = _shared_budget(device)
+    fitting = (c for c in choices if _prefill_bytes(c, _prefill_dim(spec, c), size) <= budget)
     return next(fitting, choices[-1])
+
+
+def short_tile(spec: AttnSpec, device: DeviceFacts) -> PrefillTile | None:
+    """The tile of sequences whose keys all fit it; None where no program may hold so many."""
+    if spec.kv_dtype.itemsize == 1:
+        return None
+    dim = max(next_power_of_2(spec.head_dim), next_power_of_2(spec.head_dim_v))
+    table = _choices(_SHORT, spec, device)
+    return next((tile for widest, tile in table if dim <= widest), None)
+
+
+def _prefill_dim(spec: AttnSpec, tile: PrefillTile) -> int:
+    """Columns of the wider of keys and values, as the kernel holds them."""
+    return max(sum(prefill_panels(dim, tile)) for dim in (spec.head_dim, spec.head_dim_v))
 
 
 def prefill_candidates(
