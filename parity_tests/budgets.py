@@ -53,7 +53,8 @@ FLOAT32_EXP2 = 2.0**-20
 # n**0.5 (c / 4 times that with a softcap c: queries are so much larger), times the scale. A result
 # is off by no more than its largest value times that: two keys share the weight, both at the end of
 # their range. PyTorch's product adds in pieces and errs by a third of it. TF32 errs 30 times more.
-FLOAT32_SUM = 4 * 2.0**-24 / 6**0.5
+LARGEST_OF_MANY = 4
+FLOAT32_SUM = LARGEST_OF_MANY * 2.0**-24 / 6**0.5
 # A rotation is computed in float32: two products and their sum, each rounded by 2**-24 of itself.
 # With M the largest of the rotated dims, none of the three is above 1.5 * M: below 2**-21 * M
 # together, also where the terms cancel. Rounding to the cache's dtype can then end on either side
@@ -139,9 +140,12 @@ def _floors(case: Case, ref: Tensor) -> tuple[float, float]:
             scored = case.head_dim_v + (0 if case.only_qv else case.head_dim)
         scale = scored**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
         size = case.softcap / 4 if case.softcap > 0 else 1.0
-        max_floor += FLOAT32_SUM * scored * scale * size * ref.abs().max().item()
-        row_size = ref.square().mean(-1).sqrt().max().item()
-        max_floor += FLOAT32_SUM * max(case.keys) ** 0.5 * row_size
+        in_scores = FLOAT32_SUM * scored * scale * size
+        in_values = FLOAT32_SUM * max(case.keys) ** 0.5
+        row_size = ref.square().mean(-1).sqrt()
+        max_floor += in_scores * ref.abs().max().item() + in_values * row_size.max().item()
+        mean = in_scores * ref.abs().mean().item() + in_values * row_size.mean().item()
+        mean_floor += mean / LARGEST_OF_MANY
     return max_floor, mean_floor
 
 

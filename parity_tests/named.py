@@ -142,6 +142,12 @@ def full() -> list[Case]:
               _append(*mixed_q, packed=True), {"q_layout": "packed", "tail_q": 3, "tail_new": 3}),
         _case("qwen3-32b decode, q_len 4, append and rotary", (4,) * 4, (4092, 1, 0, 1019),
               QWEN3_32B, ENGINE, NEOX, _append(*(4,) * 4)),
+        # Ranges of several sequences, each with a padding of its own.
+        _case("mqa decode, window and left padding, many sequences", (3,) * 600,
+              (40, 33, 36) * 200, MQA, BATCHED, _leftpad(*(30, 0, 7) * 200), {"window": (8, 0)}),
+        _case("float8_e5m2, 64 rows of head dims 72 and 40", (63, 63), (70, 300),
+              {"heads_q": 2, "heads_kv": 2, "head_dim": 72, "head_dim_v": 40, "causal": True},
+              {"kv_dtype": "float8_e5m2"}),
         _case("gpt-j decode, interleaved rotary of 64 dims", (1,) * 4, (500, 17, 1, 1023), GPTJ_6B,
               ENGINE, {"rotary_dim": 64, "page_size": 64}, _append(*(1,) * 4)),
         _case("gpt-oss decode, append, rotary, sinks and window", decode, ragged, GPT_OSS_LOCAL,

@@ -340,3 +340,27 @@ def test_a_dense_batch_of_queries() -> None:
         call.arguments.pop(name)
     call.expected = call.expected.view(3, 2, HEADS, DIM)
     call.check(q=q.view(3, 2, HEADS, DIM))
+
+
+def test_padding_is_each_sequences_own_where_a_range_holds_several() -> None:
+    """Behind a sequence with much padding comes one with none: its window reaches further."""
+    lengths, padding, left = [20, 17, 23] * 12, [15, 0, 3] * 12, 10
+    batch, capacity = len(lengths), max(lengths)
+    q, k, v = (
+        normal(batch, 3, 2, DIM),
+        normal(batch, capacity, 1, DIM),
+        normal(batch, capacity, 1, DIM),
+    )
+    out = triton_fa.flash_attn_with_kvcache(
+        q,
+        k,
+        v,
+        cache_seqlens=torch.tensor(lengths, dtype=torch.int32),
+        cache_leftpad=torch.tensor(padding, dtype=torch.int32),
+        causal=True,
+        window_size=(left, 0),
+        ver="triton",
+    )
+    for i, (length, first) in enumerate(zip(lengths, padding, strict=True)):
+        wanted = attention(q[i], k[i, first:length], v[i, first:length], True, left, 0)
+        torch.testing.assert_close(out[i].double(), wanted, atol=2e-3, rtol=2e-3)

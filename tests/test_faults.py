@@ -22,6 +22,7 @@ from tests.test_gpu import Cache, _close
 from triton_fa import api
 from triton_fa import device as device_facts
 from triton_fa.backends import fa3, fa4
+from triton_fa.backends import triton as backend
 from triton_fa.device import DeviceFacts
 
 pytestmark = pytest.mark.usefixtures("fresh")
@@ -247,26 +248,32 @@ def test_without_memory_for_a_workspace_the_error_is_the_callers(
     """Nothing is fallen back to, and the next call of the same form works."""
     case = CASES["decode"]
     prepared = Prepared.of(case, device)
-    real, failed = torch.empty_like, []
+    real, failed, is_scarce = backend._maker, [], False
 
-    def empty_like(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
-        if tensor.dtype == torch.float32 and tensor.dim() == 1:
-            failed.append(tensor.shape)
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(tensor, **options)
+    def maker(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+        make = real(shape, dtype, device)
+
+        def made() -> torch.Tensor:
+            if is_scarce and dtype == torch.float32 and len(shape) == 1:
+                failed.append(shape)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return make()
+
+        return made
 
     def attend() -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("error" if ver == "triton" else "ignore", module=__name__)
             return triton_fa.flash_attn_with_kvcache(**prepared.arguments(), ver=ver)
 
+    fresh.setattr(backend, "_maker", maker)
     before = None if first else attend()
     known = len(api._RECORDS)
+    is_scarce = True
     for _ in range(2):
-        with fresh.context() as patched:
-            patched.setattr(torch, "empty_like", empty_like)
-            with pytest.raises(torch.OutOfMemoryError):
-                attend()
+        with pytest.raises(torch.OutOfMemoryError):
+            attend()
+    is_scarce = False
     assert len(failed) == 2
     assert len(api._RECORDS) == known
     after = attend()

@@ -170,8 +170,9 @@ def compile_case(name: str, case: str, kernels: str = "") -> Iterator[Compiled]:
 
 def parameter_misfit(step: Step, made: Any) -> str:
     """How what a launch passes to the driver differs from what the binary takes; NVIDIA's only."""
-    if "ptx" not in made.asm or any(isinstance(v, TensorDescriptor) for v in step.values.values()):
-        return ""  # Triton's dispatcher launches it
+    by_dispatcher = any(isinstance(v, (TensorDescriptor, tuple)) for v in step.values.values())
+    if "ptx" not in made.asm or by_dispatcher:
+        return ""
     given = ((name, step.values[name]) for name in step.kernel.arg_names)
     named = [name if isinstance(value, torch.Tensor) else value for name, value in given]
     passed = passed_parameters(step.kernel, made, named)

@@ -590,7 +590,11 @@ def decode_kernel(
                         row_end = tl.minimum(end, token + offset + window_right + 1)
                     raw = tl.where(tokens[None, :] < row_end[:, None], raw, NEG_INF)
             else:
-                row_first, row_end = seen_keys(token, offset, padding, end, windows)
+                # No key before `begin` is looked at: it serves where padding is not counted.
+                hidden = begin
+                if COUNTS_PADDING:
+                    hidden = padding
+                row_first, row_end = seen_keys(token, offset, hidden, end, windows)
                 keep = tokens[None, :] < row_end[:, None]
                 if HAS_LEFT or ATTENTION_CHUNKED:
                     keep &= tokens[None, :] >= row_first[:, None]

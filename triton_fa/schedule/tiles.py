@@ -67,11 +67,11 @@ def panels(dim: int, smallest: int = 16) -> tuple[int, int]:
 def decode_panels(dim: int, rows: int, itemsize: int = 2) -> tuple[int, int]:
     """The panels of a decode kernel of `rows` rows; of float8 numbers the even and odd columns.
 
-    From 64 rows on products are wgmma, for which Triton 3.6 reads past the shared memory of a
-    panel of 16 (head_dim 72).
+    From 64 rows on products are wgmma, for which Triton 3.6 reads past the shared memory of
+    panels narrower than 64 (head_dim 72; float8 values of 40 beside keys of 72).
     """
     if itemsize == 1:
-        half = max(32 if rows >= 64 else 16, next_power_of_2(dim // 2))
+        half = max(64 if rows >= 64 else 16, next_power_of_2(dim // 2))
         return half, half
     return panels(dim, 64 if rows >= 64 else 16)
 
