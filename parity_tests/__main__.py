@@ -18,6 +18,8 @@ import rich.table
 from rich.console import Console
 from rich.markup import escape
 
+from parity_tests.shard import Shard
+
 if TYPE_CHECKING:
     from parity_tests.cases import Case
     from parity_tests.device import Device
@@ -28,21 +30,6 @@ if TYPE_CHECKING:
 
 GENERATED_ON_GPU, GENERATED_INTERPRETED = 200, 24
 COLOURS = {"agrees": "green", "failed": "bold red", "known difference": "yellow"}
-
-
-class Shard(click.ParamType):
-    """``i/n`` with 1 <= i <= n."""
-
-    name = "i/n"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        """(i, n) of what was typed."""
-        first, _, last = str(value).partition("/")
-        if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-            self.fail(f"expected i/n with 1 <= i <= n, got {value!r}", param, ctx)
-        return int(first), int(last)
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

@@ -18,6 +18,7 @@ import torch
 import triton_fa
 from parity_tests import named
 from parity_tests.cases import Case
+from parity_tests.shard import Shard, part
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PREFIX = "========="
@@ -129,10 +130,11 @@ def _said(output: str) -> Iterator[str]:
             yield line.removeprefix(PREFIX)
 
 
-def run(tool: str) -> tuple[Report, str, int]:
-    """One tool over the cases: its report, all output, and the exit status."""
+def run(tool: str, shard: tuple[int, int] = (1, 1)) -> tuple[Report, str, int]:
+    """One tool over a share of the cases: its report, all output, and the exit status."""
     sanitizer = ["compute-sanitizer", "--tool", tool, "--print-limit", "1000"]
-    program = [sys.executable, "-m", "parity_tests.sanitize", "--cases"]
+    share = ["--shard", "{}/{}".format(*shard)]
+    program = [sys.executable, "-m", "parity_tests.sanitize", "--cases", *share]
     # Each tensor an allocation of its own: between parts of a block nobody notices an overrun.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
@@ -146,10 +148,10 @@ def run(tool: str) -> tuple[Report, str, int]:
     return parse(tool, done.stdout), done.stdout, done.returncode
 
 
-def cases() -> list[Case]:
-    """The cases, small ones."""
+def cases(shard: tuple[int, int] = (1, 1)) -> list[Case]:
+    """The cases of a share, small ones."""
     chosen = {case.name: case for case in named.small()}
-    return [chosen[name] for name in CASES]
+    return [chosen[name] for name in part(CASES, shard)]
 
 
 def call(case: Case, device: str) -> None:
@@ -160,11 +162,21 @@ def call(case: Case, device: str) -> None:
 
 @click.command()
 @click.option("--tool", "tools", multiple=True, type=click.Choice(TOOLS), help="Only this one.")
+@click.option(
+    "--shard",
+    type=Shard(),
+    default="1/1",
+    show_default=True,
+    help="The i-th of n shares of the cases, as i/n.",
+)
 @click.option("--cases", "only_cases", is_flag=True, hidden=True)
-def main(tools: tuple[str, ...], only_cases: bool) -> None:
+def main(tools: tuple[str, ...], shard: tuple[int, int], only_cases: bool) -> None:
     """Run the kernels under compute-sanitizer; exits with 1 on a finding nobody explained."""
+    chosen = cases(shard)
+    if not chosen:
+        raise click.UsageError(f"--shard: there are {len(CASES)} cases")
     if only_cases:
-        for case in cases():
+        for case in chosen:
             call(case, "cuda")
         torch.cuda.synchronize()
         return
@@ -176,7 +188,7 @@ def main(tools: tuple[str, ...], only_cases: bool) -> None:
         raise click.ClickException("compute-sanitizer needs a CUDA GPU, and torch sees none")
     failed = False
     for tool in tools or TOOLS:
-        report, output, status = run(tool)
+        report, output, status = run(tool, shard)
         problems = report.problems
         if status and not problems:
             problems = [f"{tool}: the cases ended with exit status {status}"]
@@ -186,7 +198,7 @@ def main(tools: tuple[str, ...], only_cases: bool) -> None:
         for finding in report.findings:
             if finding.accepted:
                 click.echo(f"{tool}: accepted, {finding.accepted.why}: {finding.text}")
-        click.echo("\n".join(problems) if problems else f"{tool}: clean over {len(CASES)} cases")
+        click.echo("\n".join(problems) if problems else f"{tool}: clean over {len(chosen)} cases")
     sys.exit(1 if failed else 0)
 
 

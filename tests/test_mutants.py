@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import KERNELS, ROOT, mutated, pytest_in
+from parity_tests.shard import part
+from tests.mutants import __main__ as command_line
+from tests.mutants.__main__ import KERNELS, KILLED, ROOT, SURVIVED, Outcome, mutated, pytest_in
 from tests.mutants.kernels import MUTANTS
 from tests.mutants.record import Mutant
 
@@ -58,6 +60,22 @@ def test_a_test_that_did_not_run_kills_nothing(body: str, tmp_path: Path) -> Non
     (tmp_path / "test_it.py").write_text(body)
     with pytest.raises(RuntimeError, match="ran no test"):
         pytest_in(tmp_path, ["test_it.py"])
+
+
+def test_shares_are_joined(tmp_path: Path) -> None:
+    shares = [part(MUTANTS, (i, 3)) for i in (1, 2, 3)]
+    assert sorted(m.name for share in shares for m in share) == sorted(m.name for m in MUTANTS)
+    for i, share in enumerate(shares):
+        command_line.write([Outcome(m, KILLED, "a test") for m in share], tmp_path / str(i))
+    reports = [str(tmp_path / str(i) / "mutants.json") for i in range(3)]
+    joint = ["--output", str(tmp_path / "joint"), "--join"]
+    assert command_line.main([*joint, *reports]) == 0
+    page = (tmp_path / "joint" / "mutants.md").read_text()
+    assert f"{len(MUTANTS)} mutants: {len(MUTANTS)} killed" in page
+    assert all(f"`{m.name}`" in page for m in MUTANTS)
+    assert command_line.main([*joint, *reports[:2]]) == 1, "a share is missing"
+    command_line.write([Outcome(m, SURVIVED) for m in shares[0]], tmp_path / "0")
+    assert command_line.main([*joint, *reports]) == 1
 
 
 def test_the_page_lists_every_mutant() -> None:

@@ -146,6 +146,18 @@ def test_the_command_fails_on_one_finding_of_one_tool(tool: Path) -> None:
     assert CliRunner().invoke(sanitize.main, ["--tool", "memcheck"]).exit_code == 0
 
 
+def test_shares_of_the_cases(tool: Path) -> None:
+    shares = [sanitize.cases((index, 3)) for index in (1, 2, 3)]
+    assert sorted(case.name for share in shares for case in share) == sorted(sanitize.CASES)
+    (tool / "compute-sanitizer").write_text(f'#!/bin/sh\necho "$@" > "{tool}/given"\n')
+    CliRunner().invoke(sanitize.main, ["--tool", "memcheck", "--shard", "2/3"])
+    assert (tool / "given").read_text().rstrip().endswith("--cases --shard 2/3")
+    count = len(sanitize.CASES) + 1
+    none = CliRunner().invoke(sanitize.main, ["--shard", f"{count}/{count}"])
+    assert none.exit_code == 2
+    assert f"there are {len(sanitize.CASES)} cases" in none.output
+
+
 def test_cases_that_fail_are_not_clean(tool: Path) -> None:
     (tool / "compute-sanitizer").write_text(f'#!/bin/sh\ncat "{tool}/$2"\nexit 3\n')
     failed = CliRunner().invoke(sanitize.main, ["--tool", "memcheck"])

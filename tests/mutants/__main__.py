@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from parity_tests.shard import parse, part
 from tests.mutants.kernels import MUTANTS
 from tests.mutants.record import Mutant
 
@@ -155,6 +156,23 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     return shown
 
 
+def joined(reports: Sequence[Path]) -> list[Outcome]:
+    """The outcomes of several reports, each mutant's once."""
+    found: dict[str, Outcome] = {}
+    for path in reports:
+        for each in json.loads(path.read_text())["mutants"]:
+            mutant = Mutant(**each["mutant"] | {"tests": tuple(each["mutant"]["tests"])})
+            found[mutant.name] = Outcome(**each | {"mutant": mutant})
+    return list(found.values())
+
+
+def write(outcomes: Sequence[Outcome], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"summary": summary(outcomes), "mutants": [asdict(o) for o in outcomes]}
+    (folder / "mutants.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "mutants.md").write_text(f"{summary(outcomes)}\n\n{markdown(outcomes)}")
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="regex searched in the mutants' names")
@@ -162,11 +180,23 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("mutants-report"), help="folder for the tables"
     )
+    parser.add_argument("--shard", type=parse, default=(1, 1), help="i/n: the i-th of n shares")
+    parser.add_argument(
+        "--join", nargs="+", type=Path, default=[], help="run nothing: one report of these reports"
+    )
     options = parser.parse_args(arguments)
-    chosen = [m for m in MUTANTS if re.search(options.only, m.name)]
-    if not chosen:
-        parser.error(f"--only: no mutant matches {options.only!r}")
     console = Console()
+    if options.join:
+        outcomes = joined(options.join)
+        console.print(table(outcomes))
+        write(outcomes, options.output)
+        missing = {m.name for m in MUTANTS} - {o.mutant.name for o in outcomes}
+        if missing:
+            console.print(f"[bold red]not in these reports: {', '.join(sorted(missing))}[/]")
+        return int(bool(missing) or any(o.verdict == SURVIVED for o in outcomes))
+    chosen = part([m for m in MUTANTS if re.search(options.only, m.name)], options.shard)
+    if not chosen:
+        parser.error(f"--only, --shard: no mutant is left of {options.only!r}")
     unmutated = check_unmutated(filter(is_run, chosen))
     console.print(f"the tests pass without any mutant ({unmutated.seconds:.0f} s)")
     outcomes = []
@@ -175,11 +205,7 @@ def main(arguments: Sequence[str]) -> int:
             outcomes.append(outcome)
             console.print(f"{outcome.mutant.name}: {outcome.verdict} ({outcome.seconds:.0f} s)")
     console.print(table(outcomes))
-    options.output.mkdir(parents=True, exist_ok=True)
-    content = {"summary": summary(outcomes), "mutants": [asdict(o) for o in outcomes]}
-    (options.output / "mutants.json").write_text(json.dumps(content, indent=1) + "\n")
-    text = f"{summary(outcomes)}\n\n{markdown(outcomes)}"
-    (options.output / "mutants.md").write_text(text)
+    write(outcomes, options.output)
     return int(any(o.verdict == SURVIVED for o in outcomes))
 
 
