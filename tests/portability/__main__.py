@@ -54,14 +54,23 @@ def compile_all(options: argparse.Namespace) -> list[Compiled]:
         return [c for found in pool.map(one, options.target or TARGETS) for c in found]
 
 
+ONLY_ON_HOPPER = {"hopper.py", "latent.py", "transpose.py"}
+NOT_ON_RDNA = {"short.py"}
+NEVER_LAUNCHED = {"functions_kernel"}
+"""Compiled to see whether a user's functions can be part of a kernel."""
+
+
 def kernel_names(targets: Sequence[str]) -> set[str]:
     """The kernels of the package for these chips, by the name they are written with."""
     sources = set((Path(triton_fa.__file__).parent / "kernels").glob("*.py"))
     if "sm_90" not in targets:
-        sources = {path for path in sources if path.name not in ("hopper.py", "latent.py")}
-    return {
+        sources = {path for path in sources if path.name not in ONLY_ON_HOPPER}
+    if all(target.startswith(("gfx11", "gfx12")) for target in targets):
+        sources = {path for path in sources if path.name not in NOT_ON_RDNA}
+    names = {
         n for path in sources for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
     }
+    return names - NEVER_LAUNCHED
 
 
 def write(found: Sequence[Compiled], folder: Path, arguments: Sequence[str]) -> None:
