@@ -82,7 +82,9 @@ def prefill_panels(dim: int, tile: PrefillTile) -> tuple[int, int]:
 
 
 def _shared_budget(device: DeviceFacts) -> int:
-    return device.shared_memory - 2048
+    # CDNA 4 has 160 KiB, but registers for no larger tiles than its predecessors.
+    shared = min(device.shared_memory, 65536) if device.kind == "hip" else device.shared_memory
+    return shared - 2048
 
 
 _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
@@ -108,6 +110,11 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
         (256, PrefillTile(128, 64, 8, 2)),
         (256, PrefillTile(64, 64, 4, 2)),
     ),
+    # Triton 3.6 compiles these products for 10.x without a pipeline only.
+    "blackwell float8": (
+        (256, PrefillTile(128, 64, 8, 1)),
+        (256, PrefillTile(64, 64, 4, 1)),
+    ),
     "ampere": (
         (64, PrefillTile(128, 64, 8, 2)),
         (128, PrefillTile(128, 32, 8, 2)),
@@ -127,6 +134,11 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
     "cdna": (
         (256, PrefillTile(128, 64, 8, 2)),
         (256, PrefillTile(64, 64, 4, 2)),
+        (256, PrefillTile(64, 32, 4, 2)),
+        (256, PrefillTile(32, 32, 4, 1)),
+    ),
+    "cdna float8": (
+        (256, PrefillTile(128, 32, 8, 2)),
         (256, PrefillTile(64, 32, 4, 2)),
         (256, PrefillTile(32, 32, 4, 1)),
     ),
@@ -268,6 +280,8 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
     "blackwell": (
         (16, 64, DecodeTile(128, 4, 3, 2)),
         (32, 128, DecodeTile(64, 4, 3, 2)),
+        (16, 256, DecodeTile(64, 4, 3, 1)),
+        (32, 160, DecodeTile(32, 4, 3, 1)),
         (32, 256, DecodeTile(64, 4, 3, 1)),
         (32, 256, DecodeTile(64, 4, 2, 1)),
         (128, 128, DecodeTile(64, 8, 2, 1)),
@@ -278,12 +292,14 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (16, 64, DecodeTile(128, 4, 3, 2)),
         (64, 64, DecodeTile(64, 4, 3, 2)),
         (64, 64, DecodeTile(64, 4, 2, 1)),
-        (32, 256, DecodeTile(64, 4, 2, 1)),
+        (16, 256, DecodeTile(64, 4, 2, 1)),
+        (32, 128, DecodeTile(64, 4, 2, 1)),
         (32, 256, DecodeTile(32, 4, 2, 1)),
         (32, 256, DecodeTile(32, 4, 1, 1)),
         (128, 192, DecodeTile(64, 8, 2, 1)),
         (128, 192, DecodeTile(32, 8, 2, 1)),
-        (128, 192, DecodeTile(32, 8, 1, 1)),
+        (128, 128, DecodeTile(32, 8, 1, 1)),
+        (128, 192, DecodeTile(16, 8, 1, 1)),
         (64, 256, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 1, 1)),
     ),
@@ -309,7 +325,7 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (128, 192, DecodeTile(32, 8, 1, 1)),
     ),
     "rdna": (
-        (32, 128, DecodeTile(32, 8, 2, 1)),
+        (16, 128, DecodeTile(32, 8, 2, 1)),
         (128, 128, DecodeTile(16, 8, 1, 1)),
         (32, 256, DecodeTile(16, 8, 1, 1)),
     ),
