@@ -19,6 +19,7 @@ import triton_fa
 from parity_tests import features
 from parity_tests.budgets import Measures
 from parity_tests.cases import Case
+from parity_tests.device import Device
 from parity_tests.distributions import distributions
 from parity_tests.known_differences import DIFFERENCES
 from parity_tests.runners import NOT_RUN, Outcome
@@ -51,15 +52,20 @@ def _digest(*folders: Path) -> str:
 def environment(run: Run, command: str) -> dict[str, Any]:
     """Everything that a number in the report depends on."""
     options = run.options
-    on_gpu = not options.device.interpreted
+    backends = what_backends(options.device.name) if run.backends is None else run.backends
+    return machine(options.device, command) | {"seed": options.seed, "backends": backends}
+
+
+def machine(device: Device, command: str) -> dict[str, Any]:
+    """Where and from what something was run."""
+    on_gpu = not device.interpreted
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "seed": options.seed,
-        "device": options.device.description,
-        "interpreted": options.device.interpreted,
-        "gpu": torch.cuda.get_device_name(options.device.name) if on_gpu else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        "device": device.description,
+        "interpreted": device.interpreted,
+        "gpu": torch.cuda.get_device_name(device.name) if on_gpu else None,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         if on_gpu
         else None,
         "python": platform.python_version(),
@@ -69,7 +75,6 @@ def environment(run: Run, command: str) -> dict[str, Any]:
         "commit": _commit(),
         "kernel_digest": kernel_digest(),
         "source_digest": source_digest(),
-        "backends": what_backends(options.device.name) if run.backends is None else run.backends,
     }
 
 
@@ -284,12 +289,13 @@ def _version(distribution: str) -> str | None:
 
 
 def _commit() -> str | None:
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    commit = output("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return f"{commit} with uncommitted changes" if commit and changed else commit
 
 
-def _output(*command: str) -> str | None:
+def output(*command: str) -> str | None:
+    """The first line that a command prints; None if it fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -1,49 +1,43 @@
 """python -m parity_tests.sanitize: the kernels under NVIDIA's compute-sanitizer.
 
-Each tool runs the same few small cases in a process of its own. A finding that is not in `LEDGER`
-fails, as does a tool that did not come to its end. Numbers are not judged here: parity does that.
+Each tool runs the calls of `sanitize_cases.py` in a process of its own. A finding that is not in
+`LEDGER` fails, as does a tool that did not come to its end. Numbers are not judged here: parity
+does that.
 """
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-import triton_fa
-from parity_tests import named
-from parity_tests.cases import Case
+from parity_tests import report as parity_report
+from parity_tests.device import Device
+from parity_tests.sanitize_cases import CALLS, Call, caching
 from parity_tests.shard import Shard, part
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Barriers of a program that are followed: by itself the tool finds those of nvcc's kernels only.
+OPTIONS = {tool: ("--num-cuda-barriers", "64") for tool in ("racecheck", "synccheck")}
 PREFIX = "========="
+CASE = "case: "  # what the program prints before each
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 # What stands where findings do and is none: the tool's name, its summary, and what it says of the
 # program, whose exit status tells as much.
 NO_FINDING = re.compile(r"COMPUTE-SANITIZER$|[A-Z]+ SUMMARY: |Target application returned an error")
-
-# Paths of the kernels, by the names of cases. None has a score_mod, a mask_mod or block lists, and
-# none merges results: no case of the harness does.
-CASES = (
-    "llama3-8b decode, page 16",
-    "llama3-8b decode, dense cache",
-    "qwen3-32b decode, q_len 4",
-    "gpt-oss mixed batch, sinks",
-    "zero lengths, paged",
-    "llama3-8b prefill, varlen",
-    "llama3-8b chunked prefill, append and rotary",
-    "gemma2-9b prefill, softcap and window",
-    "all of a cache at once",
-    "left-padded batch, prefill",
-    "deepseek MLA decode, 16 heads, 1 to 4 tokens",
-    "llama3-8b decode, float8 cache",
-    "head dim 96, mixed batch",
-)
+# What records that are joined have in common.
+SAME = ("gpu", "torch", "triton", "commit", "source_digest", "compute_sanitizer")
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,7 @@ class Finding:
     tool: str
     text: str
     details: tuple[str, ...] = ()
+    case: str = ""
 
     @property
     def where(self) -> str:
@@ -91,9 +86,10 @@ class Report:
     def problems(self) -> list[str]:
         """Why this is no clean result, accepted findings aside."""
         found = [
-            f"{self.tool}: {finding.text} {finding.where}".strip()
+            " ".join(filter(None, (f"{self.tool}:", finding.text, finding.where, in_case)))
             for finding in self.findings
             if not finding.accepted
+            for in_case in (finding.case and f"({finding.case})",)
         ]
         if self.counted is None:
             found.append(f"{self.tool}: no summary, it did not come to its end")
@@ -106,9 +102,9 @@ class Report:
 
 def parse(tool: str, output: str) -> Report:
     """What a tool printed, among whatever the program printed."""
-    found: list[tuple[str, list[str]]] = []
+    found: list[tuple[str, list[str], str]] = []
     counted = None
-    for line in _said(output):
+    for line, case in _said(output):
         text = line.strip()
         if summary := SUMMARY.search(text):
             counted = (counted or 0) + int(summary[1])
@@ -118,16 +114,19 @@ def parse(tool: str, output: str) -> Report:
             if found:
                 found[-1][1].append(text)
         else:
-            found.append((text, []))
-    findings = (Finding(tool, text, tuple(details)) for text, details in found)
+            found.append((text, [], case))
+    findings = (Finding(tool, text, tuple(details), case) for text, details, case in found)
     return Report(tool, tuple(findings), counted)
 
 
-def _said(output: str) -> Iterator[str]:
-    """The tool's own lines."""
+def _said(output: str) -> Iterator[tuple[str, str]]:
+    """The tool's own lines, and the case that each belongs to."""
+    case = ""
     for line in output.splitlines():
         if line.startswith(PREFIX):
-            yield line.removeprefix(PREFIX)
+            yield line.removeprefix(PREFIX), case
+        elif line.startswith(CASE):
+            case = line.removeprefix(CASE)
 
 
 def run(tool: str, shard: tuple[int, int] = (1, 1)) -> tuple[Report, str, int]:
@@ -135,11 +134,8 @@ def run(tool: str, shard: tuple[int, int] = (1, 1)) -> tuple[Report, str, int]:
     sanitizer = ["compute-sanitizer", "--tool", tool, "--print-limit", "1000"]
     share = ["--shard", "{}/{}".format(*shard)]
     program = [sys.executable, "-m", "parity_tests.sanitize", "--cases", *share]
-    # Each tensor an allocation of its own: between parts of a block nobody notices an overrun.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
-        [*sanitizer, *program],
-        env=environment,
+        [*sanitizer, *OPTIONS.get(tool, ()), *program],
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -148,16 +144,109 @@ def run(tool: str, shard: tuple[int, int] = (1, 1)) -> tuple[Report, str, int]:
     return parse(tool, done.stdout), done.stdout, done.returncode
 
 
-def cases(shard: tuple[int, int] = (1, 1)) -> list[Case]:
-    """The cases of a share, small ones."""
-    chosen = {case.name: case for case in named.small()}
-    return [chosen[name] for name in part(CASES, shard)]
+def cases(shard: tuple[int, int] = (1, 1)) -> list[Call]:
+    """Those of a share."""
+    return part(CALLS, shard)
 
 
-def call(case: Case, device: str) -> None:
-    """Run a case in Triton; what the call allocates stays as it comes, for initcheck to see."""
-    with triton_fa.strict():
-        getattr(triton_fa, case.function)(**case.materialise(device), ver="triton")
+def run_cases(chosen: Iterable[Call]) -> None:
+    """Run them here, where a tool looks on."""
+    torch.cuda.init()
+    # Each tensor an allocation of its own: between parts of a block nobody notices an overrun.
+    with caching(False):
+        torch.empty(1, device="cuda")
+        if torch.cuda.memory_reserved():
+            raise RuntimeError("PyTorch still keeps memory for later tensors")
+        for case in chosen:
+            click.echo(f"{CASE}{case.name}")
+            case.run("cuda")
+            torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- the record
+
+
+def as_data(
+    report: Report, problems: Sequence[str], ran: Sequence[Call], s: float
+) -> dict[str, Any]:
+    """What a record holds of one tool; findings that read alike are one."""
+    times = Counter((f.case, f.text, f.where) for f in report.findings)
+    first = {(f.case, f.text, f.where): f for f in reversed(report.findings)}
+    findings = [
+        {
+            "case": f.case,
+            "text": f.text,
+            "details": f.details,
+            "times": count,
+            "accepted": None if f.accepted is None else f.accepted.why,
+        }
+        for key, count in times.items()
+        for f in (first[key],)
+    ]
+    return {
+        "counted": report.counted,
+        "findings": findings,
+        "problems": list(dict.fromkeys(problems)),
+        "cases": [case.name for case in ran],
+        "seconds": round(s, 1),
+    }
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where and from what a record was made."""
+    version = subprocess.run(
+        ["compute-sanitizer", "--version"], capture_output=True, text=True, check=False
+    )
+    numbers = [line for line in version.stdout.splitlines() if line.startswith("Version")]
+    machine = parity_report.machine(Device("cuda", interpreted=False), command)
+    return machine | {"compute_sanitizer": " ".join(numbers)}
+
+
+def write(path: Path, environment: dict[str, Any], tools: dict[str, Any]) -> None:
+    passed = bool(tools) and not any(each["problems"] for each in tools.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"passed": passed, "environment": environment, "tools": tools}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def joined(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The environment and the tools of several records; what none of them ran is a problem."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    environments = [each["environment"] for each in records]
+    for name in SAME:
+        if len({each[name] for each in environments}) > 1:
+            raise click.ClickException(f"--join: the records differ in {name}")
+    tools: dict[str, Any] = {}
+    for tool in TOOLS:
+        parts = [each["tools"][tool] for each in records if tool in each["tools"]]
+        whole = {
+            name: [entry for each in parts for entry in each[name]]
+            for name in ("findings", "problems", "cases")
+        }
+        counts = [each["counted"] for each in parts]
+        tools[tool] = {
+            "counted": None if None in counts else sum(counts),
+            **whole,
+            "seconds": round(sum(each["seconds"] for each in parts), 1),
+        }
+        if len(set(whole["cases"])) < len(whole["cases"]):
+            raise click.ClickException(f"--join: cases of {tool} are in several records")
+        if missing := {case.name for case in CALLS} - {*whole["cases"]}:
+            few = ", ".join(sorted(missing)[:3])
+            whole["problems"].append(f"{tool}: {len(missing)} cases in no record: {few}")
+    commands = "; ".join(each["command"] for each in environments)
+    dates = ", ".join(dict.fromkeys(each["date"] for each in environments))
+    return environments[0] | {"date": dates, "command": commands}, tools
+
+
+def _join(paths: Sequence[Path], output: Path | None) -> None:
+    where, tools = joined(paths)
+    if output:
+        write(output, where, tools)
+    for tool, found in tools.items():
+        said = found["problems"] or [f"{tool}: clean over {len(found['cases'])} cases"]
+        click.echo("\n".join(said))
+    sys.exit(any(found["problems"] for found in tools.values()))
 
 
 @click.command()
@@ -169,16 +258,28 @@ def call(case: Case, device: str) -> None:
     show_default=True,
     help="The i-th of n shares of the cases, as i/n.",
 )
+@click.option("--output", type=click.Path(path_type=Path), help="A JSON record of the run.")
+@click.option("--join", is_flag=True, help="Run nothing: one record of these RECORDS of shares.")
 @click.option("--cases", "only_cases", is_flag=True, hidden=True)
-def main(tools: tuple[str, ...], shard: tuple[int, int], only_cases: bool) -> None:
+@click.argument("records", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(
+    tools: tuple[str, ...],
+    shard: tuple[int, int],
+    output: Path | None,
+    join: bool,
+    only_cases: bool,
+    records: tuple[Path, ...],
+) -> None:
     """Run the kernels under compute-sanitizer; exits with 1 on a finding nobody explained."""
+    if join != bool(records):
+        raise click.UsageError("--join goes with records, and they with it")
+    if join:
+        _join(records, output)
     chosen = cases(shard)
     if not chosen:
-        raise click.UsageError(f"--shard: there are {len(CASES)} cases")
+        raise click.UsageError(f"--shard: there are {len(CALLS)} cases")
     if only_cases:
-        for case in chosen:
-            call(case, "cuda")
-        torch.cuda.synchronize()
+        run_cases(chosen)
         return
     if shutil.which("compute-sanitizer") is None:
         raise click.ClickException(
@@ -186,20 +287,24 @@ def main(tools: tuple[str, ...], shard: tuple[int, int], only_cases: bool) -> No
         )
     if not torch.cuda.is_available():
         raise click.ClickException("compute-sanitizer needs a CUDA GPU, and torch sees none")
-    failed = False
+    made: dict[str, Any] = {}
     for tool in tools or TOOLS:
-        report, output, status = run(tool, shard)
+        begin = time.perf_counter()
+        report, said, status = run(tool, shard)
         problems = report.problems
         if status and not problems:
             problems = [f"{tool}: the cases ended with exit status {status}"]
         if problems:
-            failed = True
-            click.echo(output)
+            click.echo(said)
         for finding in report.findings:
             if finding.accepted:
                 click.echo(f"{tool}: accepted, {finding.accepted.why}: {finding.text}")
         click.echo("\n".join(problems) if problems else f"{tool}: clean over {len(chosen)} cases")
-    sys.exit(1 if failed else 0)
+        made[tool] = as_data(report, problems, chosen, time.perf_counter() - begin)
+    if output:
+        command = shlex.join(["python", "-m", "parity_tests.sanitize", *sys.argv[1:]])
+        write(output, environment(command), made)
+    sys.exit(any(each["problems"] for each in made.values()))
 
 
 if __name__ == "__main__":

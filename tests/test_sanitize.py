@@ -1,9 +1,18 @@
-"""What compute-sanitizer prints is understood, and nothing it finds passes without a reason."""
+"""What compute-sanitizer prints is understood, nothing it finds passes without a reason, and no
+kernel is left out."""
 
+import dataclasses
+import json
 import os
+import re
 import stat
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +20,14 @@ from click.testing import CliRunner
 
 from parity_tests import sanitize
 from parity_tests.sanitize import Accepted, parse
+from parity_tests.sanitize_cases import CALLS, Call
+from tests.portability.__main__ import kernel_names
+from tests.portability.compiler import Step, planning_for
+from tests.portability.targets import TARGETS
+from triton_fa.kernels import hopper_plans
+from triton_fa.kernels.compat import TRITON_VERSION
+
+ROOT = Path(__file__).parents[1]
 
 CLEAN = """========= COMPUTE-SANITIZER
 some output of the program
@@ -114,11 +131,173 @@ def test_the_ledger_explains() -> None:
         assert entry.why
 
 
-def test_the_cases_exist_and_are_small() -> None:
-    chosen = sanitize.cases()
-    assert len(chosen) == len(sanitize.CASES)
-    assert max(case.work for case in chosen) < 2**17
-    sanitize.call(min(chosen, key=lambda case: case.work), "cpu")
+def test_a_finding_names_the_case_that_was_running() -> None:
+    body = "\n".join(INITCHECK.splitlines()[1:-1])
+    output = f"case: first\ncase: second, page 16\n{body}\ncase: third\n{body}\n"
+    report = parse("initcheck", output + INITCHECK.splitlines()[-1])
+    assert [f.case for f in report.findings] == ["second, page 16", "third"]
+    assert report.problems[0].endswith("merge.py:17 (second, page 16)")
+
+
+# ---------------------------------------------------------------- what the cases reach
+
+
+def test_cases_have_a_name_of_their_own() -> None:
+    assert len({case.name for case in CALLS}) == len(CALLS)
+    assert sanitize.cases() == list(CALLS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A launch of a case, and of each argument whether it is "on", "true", or "off": None, 0."""
+
+    case: str
+    kernel: str
+    states: dict[str, str]
+
+
+def state(value: Any) -> str:
+    if value is None or (isinstance(value, bool | int | float | str) and not value):
+        return "off"
+    return "true" if value is True else "on"
+
+
+def states(step: Step) -> dict[str, str]:
+    """Of the Hopper kernels' constants, too, which are fields of one."""
+    given = dict(step.values)
+    constants = given.pop("C", None)
+    if constants is not None:
+        given |= dataclasses.asdict(constants)
+    return {name: state(value) for name, value in given.items()}
+
+
+def launches(case: Call) -> list[Launched]:
+    """What an H200 would run, on any Triton; from a process without the interpreter."""
+    tried = {TRITON_VERSION.release[:2]}
+    with (
+        mock.patch.object(hopper_plans, "RUN_ON", tried),
+        planning_for(TARGETS["sm_90"]) as seen,
+    ):
+        case.run("cpu")
+    return [Launched(case.name, step.kernel.__name__, states(step)) for step in seen]
+
+
+@pytest.fixture(scope="module")
+def launched() -> list[Launched]:
+    if isinstance(hopper_plans.kernel_module(), str):
+        pytest.skip("this Triton's Gluon has other names")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.test_sanitize"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [Launched(**each) for each in json.loads(done.stdout)]
+
+
+def kernels_of(found: Iterable[Launched]) -> set[str]:
+    return {each.kernel for each in found}
+
+
+def test_every_kernel_is_run(launched: list[Launched]) -> None:
+    assert kernel_names(["sm_90"]) - kernels_of(launched) == set()
+    assert {each.case for each in launched} == {case.name for case in CALLS}
+
+
+NEVER_SO = {
+    ("decode_kernel|prefill_kernel|short_kernel", "INTERPRETED"): "no GPU is",
+    ("decode_kernel", "WIDE_SLOTS"): "2^31 elements in a page",
+    ("short_kernel", "IEEE"): "its tiles are for 16 bits",
+    ("latent_kernel", "attention_chunk|leftpad_ptr|window_left|window_right"): "are refused",
+}
+"""(kernel, argument), as regular expressions, of what is None, 0 or False in every case; why."""
+ALWAYS_SO = {
+    (".*", "PDL"): "since sm_90",
+    ("decode_kernel", "FP8_HARDWARE"): "since sm_89, but in the interpreter",
+    ("schedule_kernel", "plan_ptr"): "its result",
+    ("combine_kernel|latent_kernel|hopper_kernel|reset_kernel", "part_ptr"): "its workspace",
+    ("hopper_kernel|transpose_kernel", "v_transposed_ptr"): "in place of v_ptr",
+    ("latent_kernel", "qv_ptr"): "what it is for",
+    ("merge_.*_kernel", "lse_ptr"): "always asked for",
+}
+"""Flags that are set, and tensors that are given, in every case."""
+
+
+def one_sided(found: Iterable[Launched]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(kernel, argument) of what is never given or set, and of what always is though some kernel
+    does without."""
+    seen: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for each in found:
+        for name, value in each.states.items():
+            seen[each.kernel, name].add(value)
+    optional = {name for (_, name), values in seen.items() if "off" in values}
+    never = [key for key, values in seen.items() if values == {"off"}]
+    always = [
+        key
+        for key, values in seen.items()
+        if values == {"true"}
+        or (values == {"on"} and key[1].endswith("_ptr") and key[1] in optional)
+    ]
+    return never, always
+
+
+def explained(key: tuple[str, str], exceptions: dict[tuple[str, str], str]) -> bool:
+    return any(all(map(re.fullmatch, entry, key)) for entry in exceptions)
+
+
+def test_every_branch_is_taken(launched: list[Launched]) -> None:
+    """Each argument of each kernel is there in one case and not in another."""
+    never, always = one_sided(launched)
+    assert [key for key in never if not explained(key, NEVER_SO)] == []
+    assert [key for key in always if not explained(key, ALWAYS_SO)] == []
+    for exceptions, keys in ((NEVER_SO, never), (ALWAYS_SO, always)):
+        for entry in exceptions:
+            assert any(explained(key, {entry: ""}) for key in keys), f"no exception: {entry}"
+
+
+def test_a_branch_that_no_case_takes_is_seen() -> None:
+    some = [
+        Launched("a", "k", {"FLAG": "true", "SIZE": "on", "x_ptr": "on"}),
+        Launched("b", "k", {"FLAG": "true", "SIZE": "off", "x_ptr": "on"}),
+        Launched("b", "l", {"FLAG": "off", "x_ptr": "off", "y_ptr": "on"}),
+    ]
+    assert one_sided(some) == ([("l", "FLAG"), ("l", "x_ptr")], [("k", "FLAG"), ("k", "x_ptr")])
+    some.append(Launched("c", "k", {"FLAG": "off", "SIZE": "on", "x_ptr": "off"}))
+    some.append(Launched("c", "l", {"FLAG": "on", "x_ptr": "on", "y_ptr": "on"}))
+    assert one_sided(some) == ([], [])
+
+
+def where(found: Iterable[Launched], kernel: str, **wanted: str) -> bool:
+    """Whether a launch of `kernel` has these arguments in these states."""
+    return any(
+        each.kernel == kernel and all(each.states[n] == value for n, value in wanted.items())
+        for each in found
+    )
+
+
+def test_what_goes_together(launched: list[Launched]) -> None:
+    """Combinations that an argument alone does not tell."""
+    assert where(launched, "combine_kernel", BY_SEQUENCE="true", most_pieces="off")
+    assert where(launched, "combine_kernel", BY_SEQUENCE="off", most_pieces="off")
+    assert where(launched, "combine_kernel", ONE_BY_ONE="off", most_pieces="on")
+    assert where(launched, "hopper_kernel", FP8="true", PAGE_SIZE="on", V1="off")
+    assert where(launched, "hopper_kernel", SPARSE_N="on", SCORE_MOD="on", MASK_MOD="on")
+    assert where(launched, "prefill_kernel", SPARSE_N="on", SCORE_MOD="on", MASK_MOD="on")
+    assert where(launched, "prefill_kernel", PLANNED="true", ONE_BLOCK="off")
+    assert where(launched, "decode_kernel", qv_ptr="on", KEY_FORMAT="on")
+    assert where(launched, "latent_kernel", TMA="off", CHUNKED="off")
+
+
+def test_a_case_runs() -> None:
+    """In the interpreter, as all of them do where there is a GPU."""
+    next(case for case in CALLS if case.name == "zero lengths, paged").run("cpu")
+
+
+# ---------------------------------------------------------------- the command
 
 
 @pytest.fixture
@@ -148,14 +327,91 @@ def test_the_command_fails_on_one_finding_of_one_tool(tool: Path) -> None:
 
 def test_shares_of_the_cases(tool: Path) -> None:
     shares = [sanitize.cases((index, 3)) for index in (1, 2, 3)]
-    assert sorted(case.name for share in shares for case in share) == sorted(sanitize.CASES)
+    assert sorted(c.name for share in shares for c in share) == sorted(c.name for c in CALLS)
     (tool / "compute-sanitizer").write_text(f'#!/bin/sh\necho "$@" > "{tool}/given"\n')
-    CliRunner().invoke(sanitize.main, ["--tool", "memcheck", "--shard", "2/3"])
-    assert (tool / "given").read_text().rstrip().endswith("--cases --shard 2/3")
-    count = len(sanitize.CASES) + 1
+    CliRunner().invoke(sanitize.main, ["--tool", "racecheck", "--shard", "2/3"])
+    given = (tool / "given").read_text().rstrip()
+    assert given.endswith("--cases --shard 2/3")
+    assert given.startswith("--tool racecheck --print-limit 1000 --num-cuda-barriers 64 ")
+    count = len(CALLS) + 1
     none = CliRunner().invoke(sanitize.main, ["--shard", f"{count}/{count}"])
     assert none.exit_code == 2
-    assert f"there are {len(sanitize.CASES)} cases" in none.output
+    assert f"there are {len(CALLS)} cases" in none.output
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Stands for the machine that records are of."""
+    about = dict.fromkeys(("gpu", "torch", "triton", "commit", "source_digest"), "same")
+    about |= {"date": "today", "command": "python", "compute_sanitizer": "Version 2025.3.1"}
+    monkeypatch.setattr(sanitize, "environment", lambda command: about)
+    return about
+
+
+def recorded(path: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    done = CliRunner().invoke(sanitize.main, [*arguments, "--output", str(path)])
+    return done.exit_code, json.loads(path.read_text()) if path.exists() else {}
+
+
+def test_records_of_shares_are_joined(
+    tool: Path, machine: dict[str, str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sanitize, "LEDGER", (Accepted("initcheck", r"merge\.py:17", "a reason"),))
+    (tool / "initcheck").write_text(f"case: some\n{INITCHECK}")
+    shares = [str(tool / "folder" / f"{index}.json") for index in (1, 2)]
+    for index, path in enumerate(shares, 1):
+        status, share = recorded(Path(path), "--shard", f"{index}/2")
+        assert (status, share["passed"], share["environment"]) == (0, True, machine)
+        assert [*share["tools"]] == list(sanitize.TOOLS)
+    status, whole = recorded(tool / "whole.json", "--join", *shares)
+    assert (status, whole["passed"], whole["environment"]["date"]) == (0, True, "today")
+    for found in whole["tools"].values():
+        assert sorted(found["cases"]) == sorted(case.name for case in CALLS)
+        assert found["seconds"] >= 0
+    assert whole["tools"]["memcheck"]["counted"] == 0
+    assert whole["tools"]["initcheck"]["counted"] == 2
+    (finding, _) = whole["tools"]["initcheck"]["findings"]
+    assert finding["case"] == "some"
+    assert (finding["times"], finding["accepted"]) == (1, "a reason")
+    assert finding["details"][0].startswith("at merge_kernel")
+
+
+def test_a_record_says_what_was_found(tool: Path, machine: dict[str, str]) -> None:
+    (tool / "initcheck").write_text(INITCHECK.replace("SUMMARY: 1", "SUMMARY: 2") + INITCHECK[31:])
+    status, data = recorded(tool / "one.json", "--tool", "initcheck")
+    assert (status, data["passed"]) == (1, False)
+    found = data["tools"]["initcheck"]
+    assert [each["times"] for each in found["findings"]] == [2]
+    assert found["findings"][0]["accepted"] is None
+    assert len(found["problems"]) == 1
+    assert "merge.py:17" in found["problems"][0]
+    status, joined = recorded(tool / "whole.json", "--join", str(tool / "one.json"))
+    assert (status, joined["passed"]) == (1, False)
+    assert found["problems"][0] in joined["tools"]["initcheck"]["problems"]
+
+
+def test_a_share_that_is_missing_is_no_clean_result(tool: Path, machine: dict[str, str]) -> None:
+    one = str(tool / "1.json")
+    recorded(Path(one), "--shard", "1/2")
+    status, data = recorded(tool / "whole.json", "--join", one)
+    assert (status, data["passed"]) == (1, False)
+    assert (
+        f"memcheck: {len(CALLS) // 2} cases in no record"
+        in data["tools"]["memcheck"]["problems"][0]
+    )
+
+
+def test_what_does_not_belong_together_is_not_joined(tool: Path, machine: dict[str, str]) -> None:
+    paths = [str(tool / f"{index}.json") for index in (1, 2)]
+    recorded(Path(paths[0]), "--shard", "1/2")
+    twice = CliRunner().invoke(sanitize.main, ["--join", paths[0], paths[0]])
+    assert (twice.exit_code, "in several records" in twice.output) == (1, True)
+    machine["source_digest"] = "another"
+    recorded(Path(paths[1]), "--shard", "2/2")
+    other = CliRunner().invoke(sanitize.main, ["--join", *paths])
+    assert (other.exit_code, "differ in source_digest" in other.output) == (1, True)
+    for wrong in (["--join"], [paths[0]]):
+        assert CliRunner().invoke(sanitize.main, wrong).exit_code == 2
 
 
 def test_cases_that_fail_are_not_clean(tool: Path) -> None:
@@ -172,3 +428,8 @@ def test_without_the_tool_or_a_gpu_it_says_so(tool: Path, monkeypatch: Any) -> N
     missing = CliRunner().invoke(sanitize.main, [])
     assert missing.exit_code == 1
     assert "compute-sanitizer is not on PATH" in missing.output
+
+
+if __name__ == "__main__":
+    found = [dataclasses.asdict(each) for case in CALLS for each in launches(case)]
+    sys.stdout.write(json.dumps(found))
