@@ -192,7 +192,11 @@ def parity_soak(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def sanitize(session: nox.Session) -> None:
-    """A few cases under compute-sanitizer's tools: ``nox -s sanitize -- --tool racecheck``."""
+    """Small calls of every kernel under compute-sanitizer: ``nox -s sanitize -- --tool racecheck``.
+
+    ``-- --output FILE`` keeps a record, ``-- --shard 1/4`` runs a share, and
+    ``-- --join RECORD... --output FILE`` makes one record of those of all shares.
+    """
     session.run("python", "-m", "parity_tests.sanitize", *session.posargs, external=True)
 
 

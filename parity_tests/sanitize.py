@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -129,19 +130,26 @@ def _said(output: str) -> Iterator[tuple[str, str]]:
             case = line.removeprefix(CASE)
 
 
-def run(tool: str, shard: tuple[int, int] = (1, 1)) -> tuple[Report, str, int]:
-    """One tool over a share of the cases: its report, all output, and the exit status."""
+def run(
+    tool: str, shard: tuple[int, int] = (1, 1), log: Path | None = None
+) -> tuple[Report, str, int]:
+    """One tool over a share of the cases: its report, all output, and the exit status.
+
+    The output also goes to `log`, as it comes.
+    """
     sanitizer = ["compute-sanitizer", "--tool", tool, "--print-limit", "1000"]
     share = ["--shard", "{}/{}".format(*shard)]
     program = [sys.executable, "-m", "parity_tests.sanitize", "--cases", *share]
-    done = subprocess.run(
-        [*sanitizer, *OPTIONS.get(tool, ()), *program],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    return parse(tool, done.stdout), done.stdout, done.returncode
+    with log.open("w+") if log else tempfile.TemporaryFile("w+") as file:
+        done = subprocess.run(
+            [*sanitizer, *OPTIONS.get(tool, ()), *program],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        file.seek(0)
+        output = file.read()
+    return parse(tool, output), output, done.returncode
 
 
 def cases(shard: tuple[int, int] = (1, 1)) -> list[Call]:
@@ -204,7 +212,6 @@ def environment(command: str) -> dict[str, Any]:
 
 def write(path: Path, environment: dict[str, Any], tools: dict[str, Any]) -> None:
     passed = bool(tools) and not any(each["problems"] for each in tools.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"passed": passed, "environment": environment, "tools": tools}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -242,6 +249,7 @@ def joined(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _join(paths: Sequence[Path], output: Path | None) -> None:
     where, tools = joined(paths)
     if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write(output, where, tools)
     for tool, found in tools.items():
         said = found["problems"] or [f"{tool}: clean over {len(found['cases'])} cases"]
@@ -258,7 +266,11 @@ def _join(paths: Sequence[Path], output: Path | None) -> None:
     show_default=True,
     help="The i-th of n shares of the cases, as i/n.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="A JSON record of the run.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A JSON record; beside it, as .TOOL.log, what the tools say.",
+)
 @click.option("--join", is_flag=True, help="Run nothing: one record of these RECORDS of shares.")
 @click.option("--cases", "only_cases", is_flag=True, hidden=True)
 @click.argument("records", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -288,13 +300,16 @@ def main(
     if not torch.cuda.is_available():
         raise click.ClickException("compute-sanitizer needs a CUDA GPU, and torch sees none")
     made: dict[str, Any] = {}
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
     for tool in tools or TOOLS:
         begin = time.perf_counter()
-        report, said, status = run(tool, shard)
+        log = output.with_suffix(f".{tool}.log") if output else None
+        report, said, status = run(tool, shard, log)
         problems = report.problems
         if status and not problems:
             problems = [f"{tool}: the cases ended with exit status {status}"]
-        if problems:
+        if problems and not log:
             click.echo(said)
         for finding in report.findings:
             if finding.accepted:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from parity_tests.report import kernel_digest
+from parity_tests.sanitize import TOOLS
 
 ROOT = Path(__file__).parent.parent
 PARITY = sorted((ROOT / "parity_tests" / "results").glob("*.json"))
+SANITIZED = sorted((ROOT / "parity_tests" / "results" / "sanitizer").glob("*.json"))
 
 
 def test_there_are_results() -> None:
@@ -36,3 +38,19 @@ def test_the_own_backends_agree_in_every_case(path: Path) -> None:
     for backend in ("triton", "torch"):
         assert set(tally[backend]) <= {"agrees", "known difference"}
         assert sum(tally[backend].values()) >= 200
+
+
+@pytest.mark.parametrize("path", SANITIZED, ids=lambda p: p.stem)
+def test_the_sanitizer_found_nothing_unexplained(path: Path) -> None:
+    record = json.loads(path.read_text())
+    environment, tools = record["environment"], record["tools"]
+    for name in ("gpu", "driver", "torch", "triton", "date", "command", "compute_sanitizer"):
+        assert environment[name], name
+    assert record["passed"]
+    assert set(tools) == set(TOOLS)
+    for found in tools.values():
+        assert found["cases"] == list(dict.fromkeys(found["cases"]))
+        assert found["problems"] == []
+        assert all(finding["accepted"] for finding in found["findings"])
+    if path == SANITIZED[-1] and environment["kernel_digest"] != kernel_digest():
+        warnings.warn(f"the kernels changed since {path.name} was made", stacklevel=1)
