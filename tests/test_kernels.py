@@ -316,8 +316,8 @@ def test_rows_in_two_halves(name: str, fresh: pytest.MonkeyPatch, device: str) -
 
 
 LOOPS = {
-    "panels": PrefillTile(2 * TILE, TILE, 4, 1, halves=2, panels=True, sums=8, split_end=True),
-    "ahead": PrefillTile(TILE, TILE, 4, 1, panels=True, sums=8, split_end=True, ahead=True),
+    "panels": PrefillTile(2 * TILE, TILE, 4, 1, halves=2, panels=True, sums=8),
+    "late": PrefillTile(TILE, TILE, 4, 1, panels=True, late=True),
 }
 LOOPED: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
@@ -339,7 +339,7 @@ LOOPED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("tile", LOOPS)
 @pytest.mark.parametrize("name", LOOPED)
 def test_loops_of_a_tile(name: str, tile: str, fresh: pytest.MonkeyPatch, device: str) -> None:
-    """Sums by column, panels, scores ahead, an end of its own; lengths on and off its edges."""
+    """Sums by column, panels, values a block late; lengths on and off the edges of blocks."""
     if device == "cpu":
         fresh.setattr("triton_fa.kernels.plans.prefill_tile", lambda *arguments: LOOPS[tile])
     agrees(

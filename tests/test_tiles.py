@@ -448,7 +448,7 @@ def test_a_tile_may_fill_the_memory() -> None:
     """And one byte less is another tile. Heads of 8 take as much as those of 16."""
     problem = spec(torch.float16, 8, 8)
     grid = tiles.PrefillTile(128, 64, 4, 3, 2)
-    first = replace(grid, sums=8, split_end=True)
+    first = replace(grid, sums=8)
     just = replace(H200, shared_memory=2048 + (128 + 2 * 64 * 3) * 16 * 2)
     less = replace(just, shared_memory=just.shared_memory - 1)
     assert prefill_tile(problem, just, 2**31) == first

@@ -754,8 +754,6 @@ def _prefill(
     v0, v1 = prefill_panels(spec.head_dim_v, tile)
     columns = {"k_desc": d0, "k1_desc": d1, "v_desc": v0, "v1_desc": v1}
     described = _describable(problem, device, tile)
-    # Keys in their order; the interpreter has no descriptors, but is where the loops are tested.
-    in_order = (described or INTERPRETED) and problem.tensors.blocks is None
     prefill = PlannedLaunch(
         prefill_kernel,
         (tiles * spec.num_heads_kv, 1, 1),
@@ -777,8 +775,9 @@ def _prefill(
             V0=v0,
             V1=v1,
             SUMS=tile.sums,
-            AHEAD=tile.ahead and in_order and not spec.page_size,
-            SPLIT_END=tile.split_end and in_order,
+            LATE=tile.late and problem.tensors.blocks is None,
+            # What descriptors read there must be cleared; the interpreter tests the loops.
+            SPLIT_END=(described or INTERPRETED) and problem.tensors.blocks is None,
         ),
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         (tile.block_n, columns) if described else None,
@@ -942,7 +941,7 @@ def _describable(problem: Problem, device: DeviceFacts, tile: PrefillTile) -> bo
     spec = problem.spec
     if INTERPRETED or device.kind != "cuda" or device.arch[0] not in (9, 10):
         return False
-    if spec.dtype == torch.float32:
+    if spec.dtype == torch.float32 or problem.tensors.cache_leftpad is not None:
         return False
     if spec.key_layout == "paged" and spec.page_size % tile.block_n:
         return False

@@ -299,22 +299,16 @@ def changed_scores(
 
 
 @triton.jit
-def ranged_scores(
-    raw,
-    start,
-    row_range,  # first key and one past the last key that each row sees
-    BLOCK_N: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Scores of the block of keys at `start`, -inf for keys that a row does not see."""
-    if MASKED:
-        token = start + tl.arange(0, BLOCK_N)
-        keep = token[None, :] < row_range[1][:, None]
-        if HAS_FIRST:
-            keep &= token[None, :] >= row_range[0][:, None]
-        raw = tl.where(keep, raw, NEG_INF)
-    return raw
+def visible_scores(raw, start, row_range, BLOCK_N: tl.constexpr, HAS_FIRST: tl.constexpr):
+    """Scores of the block of keys at `start`, -inf for keys that a row does not see.
+
+    `row_range` is the first key and one past the last key that each row sees.
+    """
+    token = start + tl.arange(0, BLOCK_N)
+    keep = token[None, :] < row_range[1][:, None]
+    if HAS_FIRST:
+        keep &= token[None, :] >= row_range[0][:, None]
+    return tl.where(keep, raw, NEG_INF)
 
 
 @triton.jit
@@ -334,22 +328,44 @@ def maximum_with(row_max, raw, scale_log2, IN_BASE_2: tl.constexpr):
 
 
 @triton.jit
-def weigh(
+def softmax_step(
     raw,
+    start,
     row_max,
-    new_max,
     row_sum,
-    acc0,
-    acc1,
-    values,
+    row_scale,
+    row_range,
+    cells,
     scale_log2,
-    V1: tl.constexpr,
+    softcap_log2,
+    BLOCK_N: tl.constexpr,
     SUMS: tl.constexpr,
-    IN_BASE_2: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    MASK_MOD: tl.constexpr,
+    MASKED: tl.constexpr,
     IEEE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
-    """(new row sum, accumulators) with a block of scores whose maximum is known."""
+    """(row maximum in base 2, row sum) with the block of keys at `start`, the weights of its keys,
+    and what earlier weights are multiplied by."""
+    raw = changed_scores(
+        raw,
+        start,
+        row_scale,
+        cells,
+        scale_log2,
+        softcap_log2,
+        BLOCK_N,
+        HAS_SOFTCAP,
+        SCORE_MOD,
+        MASK_MOD,
+        IEEE,
+    )
+    if MASKED:
+        raw = visible_scores(raw, start, row_range, BLOCK_N, HAS_FIRST)
+    IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
+    new_max = maximum_with(row_max, raw, scale_log2, IN_BASE_2)
     if IN_BASE_2:
         prob = tl.exp2(raw - new_max[:, None])
     else:
@@ -359,16 +375,41 @@ def weigh(
         row_sum = row_sum * alpha[:, None] + folded(prob, SUMS)
     else:
         row_sum = row_sum * alpha + tl.sum(prob, 1)
-    weights = prob.to(values[0].dtype)
+    return new_max, row_sum, prob, alpha
+
+
+@triton.jit
+def add_values(
+    acc0,
+    acc1,
+    alpha,
+    weights,
+    values,  # panels of a block
+    V1: tl.constexpr,
+    IEEE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The panels of a result, multiplied by `alpha`, and weights @ values."""
     acc0 = dot(weights, values[0], acc0 * alpha[:, None], IEEE, INTERPRETED)
     if V1 > 0:
         acc1 = dot(weights, values[1], acc1 * alpha[:, None], IEEE, INTERPRETED)
-    return row_sum, acc0, acc1
+    return acc0, acc1
+
+
+@triton.jit
+def live_values(values, start, live_keys, BLOCK_N: tl.constexpr, V1: tl.constexpr):
+    """Values, zeros for keys behind the last live one: they may be NaN, and 0 * NaN is not 0."""
+    live = (start + tl.arange(0, BLOCK_N) <= live_keys[1])[:, None]
+    first = tl.where(live, values[0], 0.0)
+    second = first
+    if V1 > 0:
+        second = tl.where(live, values[1], 0.0)
+    return first, second
 
 
 @triton.jit
 def attend_blocks(
-    state,  # (row maximum, row sum, accumulators) of each half of the rows, next scores
+    state,  # (row maximum, row sum, accumulators) of each half of the rows
     queries,  # panels of the rows' halves; None for the second if there is one only
     row_scales,  # factors of the halves' scores, or None
     begin,
@@ -393,16 +434,14 @@ def attend_blocks(
     V0: tl.constexpr,
     V1: tl.constexpr,
     SUMS: tl.constexpr,
-    AHEAD: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SPARSE_N: tl.constexpr,
     HAS_FIRST: tl.constexpr,
-    PADDED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SCORE_MOD: tl.constexpr,
     MASK_MOD: tl.constexpr,
     MASKED: tl.constexpr,
-    CLEAN: tl.constexpr,
+    CLEAN: tl.constexpr,  # blocks may hold places that are no keys of the sequence
     KEY_FORMAT: tl.constexpr,
     K_FROM_FP8: tl.constexpr,
     V_FROM_FP8: tl.constexpr,
@@ -411,182 +450,307 @@ def attend_blocks(
 ):
     """Online softmax over key blocks [begin, end), BLOCK_N apart.
 
-    With two halves, the products of one run while the softmax of the other does. With AHEAD,
-    which is for neither halves nor pages nor lists, the scores of the next block are computed
-    beside the softmax of this one.
+    With two halves, the products of one run while the softmax of the other does.
     """
-    row_max0, row_sum0, acc00, acc01, row_max1, row_sum1, acc10, acc11, raw_ahead = state
+    row_max0, row_sum0, acc00, acc01, row_max1, row_sum1, acc10, acc11 = state
     PAGED: tl.constexpr = paging[0] is not None
-    TMA: tl.constexpr = keys[0] is not None
     TWO: tl.constexpr = queries[1] is not None
     WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
-    K_AHEAD: tl.constexpr = BLOCK_N if AHEAD else 0
-    IN_BASE_2: tl.constexpr = HAS_SOFTCAP or SCORE_MOD is not None
-    if AHEAD:
-        # They may be from a part of the blocks that needs no mask.
-        raw_ahead = ranged_scores(raw_ahead, begin, row_ranges[0], BLOCK_N, HAS_FIRST, MASKED)
-        top_ahead = maximum_with(row_max0, raw_ahead, scale_log2, IN_BASE_2)
     if PAGED:
         first = listed(begin, key_list, SPARSE_N)
         page = key_pages(paging, first, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
     else:
         page = place[0] + 0
-    for at in tl.range(begin, end, BLOCK_N):
-        start = listed(at, key_list, SPARSE_N)
-        if PAGED:
-            # Page numbers are fetched one block ahead of the keys.
-            ahead = listed(at + BLOCK_N, key_list, SPARSE_N)
-            page_next = key_pages(paging, ahead, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
-        here = (page, place[1], place[2])
-        k = load_keys(
-            keys,
-            here,
-            start + K_AHEAD,
-            live_keys,
-            total_k,
-            HEAD_DIM,
-            BLOCK_N,
-            D0,
-            D1,
-            PAGE_SIZE,
-            PAGED,
-            MASKED or AHEAD,
-            KEY_FORMAT,
-            K_FROM_FP8,
-        )
-        v = load_keys(
-            values,
-            here,
-            start,
-            live_keys,
-            total_k,
-            HEAD_DIM_V,
-            BLOCK_N,
-            V0,
-            V1,
-            PAGE_SIZE,
-            PAGED,
-            MASKED,
-            KEY_FORMAT,
-            V_FROM_FP8,
-        )
-        if CLEAN and TMA:
-            # Unused rows may hold NaN, and 0 * NaN is not 0.
-            token = start + tl.arange(0, BLOCK_N)
-            live = token <= live_keys[1]
-            if PADDED:
-                live &= token >= live_keys[0]
-            v0 = tl.where(live[:, None], v[0], 0.0)
-            if V1 > 0:
-                v = (v0, tl.where(live[:, None], v[1], 0.0))
-            else:
-                v = (v0, v0)
-        raw0 = scores(queries[0], k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
-        if TWO:
-            raw1 = scores(queries[1], k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
-        if AHEAD:
-            row_sum0, acc00, acc01 = weigh(
-                raw_ahead,
-                row_max0,
-                top_ahead,
-                row_sum0,
-                acc00,
-                acc01,
-                v,
-                scale_log2,
-                V1,
-                SUMS,
-                IN_BASE_2,
-                IEEE,
-                INTERPRETED,
+    # Beside the loop the accumulators are what they were; ptxas would not leave products under way
+    # within it where both meet before the last are waited for.
+    if begin < end:
+        for at in tl.range(begin, end, BLOCK_N):
+            start = listed(at, key_list, SPARSE_N)
+            if PAGED:
+                # Page numbers are fetched one block ahead of the keys.
+                ahead = listed(at + BLOCK_N, key_list, SPARSE_N)
+                page_next = key_pages(paging, ahead, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+            here = (page, place[1], place[2])
+            k = load_keys(
+                keys,
+                here,
+                start,
+                live_keys,
+                total_k,
+                HEAD_DIM,
+                BLOCK_N,
+                D0,
+                D1,
+                PAGE_SIZE,
+                PAGED,
+                CLEAN,
+                KEY_FORMAT,
+                K_FROM_FP8,
             )
-            # This is `top_ahead`, but Triton 3.6 does not pipeline a loop that hands a value on.
-            row_max0 = tl.maximum(row_max0, top_ahead)
-            # The next block's maximum, while the products above are under way.
-            raw_ahead = changed_scores(
+            v = load_keys(
+                values,
+                here,
+                start,
+                live_keys,
+                total_k,
+                HEAD_DIM_V,
+                BLOCK_N,
+                V0,
+                V1,
+                PAGE_SIZE,
+                PAGED,
+                CLEAN,
+                KEY_FORMAT,
+                V_FROM_FP8,
+            )
+            if CLEAN and values[0] is not None:
+                v = live_values(v, start, live_keys, BLOCK_N, V1)
+            raw0 = scores(queries[0], k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
+            if TWO:
+                raw1 = scores(queries[1], k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
+            row_max0, row_sum0, prob0, alpha0 = softmax_step(
                 raw0,
-                start + BLOCK_N,
+                start,
+                row_max0,
+                row_sum0,
                 row_scales[0],
+                row_ranges[0],
                 row_cells[0],
                 scale_log2,
                 softcap_log2,
                 BLOCK_N,
+                SUMS,
+                HAS_FIRST,
                 HAS_SOFTCAP,
                 SCORE_MOD,
                 MASK_MOD,
+                MASKED,
                 IEEE,
             )
-            raw_ahead = ranged_scores(
-                raw_ahead, start + BLOCK_N, row_ranges[0], BLOCK_N, HAS_FIRST, MASKED
-            )
-            top_ahead = maximum_with(row_max0, raw_ahead, scale_log2, IN_BASE_2)
+            weights0 = prob0.to(v[0].dtype)
+            acc00, acc01 = add_values(acc00, acc01, alpha0, weights0, v, V1, IEEE, INTERPRETED)
+            if TWO:
+                row_max1, row_sum1, prob1, alpha1 = softmax_step(
+                    raw1,
+                    start,
+                    row_max1,
+                    row_sum1,
+                    row_scales[1],
+                    row_ranges[1],
+                    row_cells[1],
+                    scale_log2,
+                    softcap_log2,
+                    BLOCK_N,
+                    SUMS,
+                    HAS_FIRST,
+                    HAS_SOFTCAP,
+                    SCORE_MOD,
+                    MASK_MOD,
+                    MASKED,
+                    IEEE,
+                )
+                weights1 = prob1.to(v[0].dtype)
+                acc10, acc11 = add_values(acc10, acc11, alpha1, weights1, v, V1, IEEE, INTERPRETED)
+            if PAGED:
+                page = page_next
+    return row_max0, row_sum0, acc00, acc01, row_max1, row_sum1, acc10, acc11
+
+
+@triton.jit
+def attend_late(
+    no_sum,
+    acc0,
+    acc1,
+    queries,  # panels of the rows
+    row_scale,
+    begin,
+    full_begin,  # of the blocks that all rows see
+    full_end,
+    end,
+    row_range,
+    cells,
+    live_keys,
+    keys,
+    values,
+    place,
+    paging,
+    total_k,
+    scale_log2,
+    softcap_log2,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    V0: tl.constexpr,
+    V1: tl.constexpr,
+    SUMS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCORE_MOD: tl.constexpr,
+    MASK_MOD: tl.constexpr,
+    KEY_FORMAT: tl.constexpr,
+    K_FROM_FP8: tl.constexpr,
+    V_FROM_FP8: tl.constexpr,
+    IEEE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """(row maximum, row sum, accumulators) over the key blocks [begin, end), BLOCK_N apart.
+
+    A step's values are multiplied in the next one, beside the softmax of that. Triton leaves a
+    product under way where nothing else in the step reads it, and where the next step does so
+    behind a product that is waited for, here the scores.
+    """
+    PAGED: tl.constexpr = paging[0] is not None
+    WHOLE: tl.constexpr = PAGED and PAGE_SIZE % BLOCK_N == 0
+    DTYPE: tl.constexpr = queries[0].dtype
+    row_max = tl.full([BLOCK_H], NO_SCORE, tl.float32)
+    row_sum = no_sum
+    # Handed on as bits, weights stay in registers; else Triton puts them into shared memory.
+    BITS: tl.constexpr = tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32
+    if PAGED:
+        value_page = key_pages(paging, begin, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+        key_page = key_pages(paging, begin + BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE)
+    else:
+        value_page = place[0] + 0
+        key_page = value_page
+    k = load_keys(
+        keys,
+        (value_page, place[1], place[2]),
+        begin,
+        live_keys,
+        total_k,
+        HEAD_DIM,
+        BLOCK_N,
+        D0,
+        D1,
+        PAGE_SIZE,
+        PAGED,
+        True,
+        KEY_FORMAT,
+        K_FROM_FP8,
+    )
+    raw = scores(queries, k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
+    row_max, row_sum, prob, alpha = softmax_step(
+        raw,
+        begin,
+        row_max,
+        row_sum,
+        row_scale,
+        row_range,
+        cells,
+        scale_log2,
+        softcap_log2,
+        BLOCK_N,
+        SUMS,
+        HAS_FIRST,
+        HAS_SOFTCAP,
+        SCORE_MOD,
+        MASK_MOD,
+        True,
+        IEEE,
+    )
+    bits = prob.to(DTYPE).to(BITS, bitcast=True)
+    for PART in tl.static_range(3):
+        if PART == 0:
+            part_begin = begin + BLOCK_N
+            part_end = full_begin
         else:
-            raw0 = changed_scores(
-                raw0,
-                start,
-                row_scales[0],
-                row_cells[0],
-                scale_log2,
-                softcap_log2,
-                BLOCK_N,
-                HAS_SOFTCAP,
-                SCORE_MOD,
-                MASK_MOD,
-                IEEE,
-            )
-            raw0 = ranged_scores(raw0, start, row_ranges[0], BLOCK_N, HAS_FIRST, MASKED)
-            top0 = maximum_with(row_max0, raw0, scale_log2, IN_BASE_2)
-            row_sum0, acc00, acc01 = weigh(
-                raw0,
-                row_max0,
-                top0,
-                row_sum0,
-                acc00,
-                acc01,
-                v,
-                scale_log2,
-                V1,
-                SUMS,
-                IN_BASE_2,
-                IEEE,
-                INTERPRETED,
-            )
-            row_max0 = top0
-        if TWO:
-            raw1 = changed_scores(
-                raw1,
-                start,
-                row_scales[1],
-                row_cells[1],
-                scale_log2,
-                softcap_log2,
-                BLOCK_N,
-                HAS_SOFTCAP,
-                SCORE_MOD,
-                MASK_MOD,
-                IEEE,
-            )
-            raw1 = ranged_scores(raw1, start, row_ranges[1], BLOCK_N, HAS_FIRST, MASKED)
-            top1 = maximum_with(row_max1, raw1, scale_log2, IN_BASE_2)
-            row_sum1, acc10, acc11 = weigh(
-                raw1,
-                row_max1,
-                top1,
-                row_sum1,
-                acc10,
-                acc11,
-                v,
-                scale_log2,
-                V1,
-                SUMS,
-                IN_BASE_2,
-                IEEE,
-                INTERPRETED,
-            )
-            row_max1 = top1
-        if PAGED:
-            page = page_next
-    return row_max0, row_sum0, acc00, acc01, row_max1, row_sum1, acc10, acc11, raw_ahead
+            part_begin = tl.maximum(full_begin if PART == 1 else full_end, begin + BLOCK_N)
+            part_end = full_end if PART == 1 else end
+        # See `attend_blocks` for the condition.
+        if PART > 0 or HAS_FIRST:
+            if part_begin < part_end:
+                for start in tl.range(part_begin, part_end, BLOCK_N):
+                    if PAGED:
+                        value_page_next = key_pages(
+                            paging, start, live_keys, BLOCK_N, PAGE_SIZE, WHOLE
+                        )
+                        key_page_next = key_pages(
+                            paging, start + BLOCK_N, live_keys, BLOCK_N, PAGE_SIZE, WHOLE
+                        )
+                    k = load_keys(
+                        keys,
+                        (key_page, place[1], place[2]),
+                        start,
+                        live_keys,
+                        total_k,
+                        HEAD_DIM,
+                        BLOCK_N,
+                        D0,
+                        D1,
+                        PAGE_SIZE,
+                        PAGED,
+                        True,
+                        KEY_FORMAT,
+                        K_FROM_FP8,
+                    )
+                    raw = scores(queries, k, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
+                    v = load_keys(
+                        values,
+                        (value_page, place[1], place[2]),
+                        start - BLOCK_N,
+                        live_keys,
+                        total_k,
+                        HEAD_DIM_V,
+                        BLOCK_N,
+                        V0,
+                        V1,
+                        PAGE_SIZE,
+                        PAGED,
+                        True,
+                        KEY_FORMAT,
+                        V_FROM_FP8,
+                    )
+                    weights = bits.to(DTYPE, bitcast=True)
+                    acc0, acc1 = add_values(acc0, acc1, alpha, weights, v, V1, IEEE, INTERPRETED)
+                    row_max, row_sum, prob, alpha = softmax_step(
+                        raw,
+                        start,
+                        row_max,
+                        row_sum,
+                        row_scale,
+                        row_range,
+                        cells,
+                        scale_log2,
+                        softcap_log2,
+                        BLOCK_N,
+                        SUMS,
+                        HAS_FIRST,
+                        HAS_SOFTCAP,
+                        SCORE_MOD,
+                        MASK_MOD,
+                        PART != 1,
+                        IEEE,
+                    )
+                    bits = prob.to(DTYPE).to(BITS, bitcast=True)
+                    if PAGED:
+                        value_page = value_page_next
+                        key_page = key_page_next
+    last = tl.maximum(end - BLOCK_N, begin)
+    v = load_keys(
+        values,
+        (value_page, place[1], place[2]),
+        last,
+        live_keys,
+        total_k,
+        HEAD_DIM_V,
+        BLOCK_N,
+        V0,
+        V1,
+        PAGE_SIZE,
+        PAGED,
+        True,
+        KEY_FORMAT,
+        V_FROM_FP8,
+    )
+    if values[0] is not None:
+        v = live_values(v, last, live_keys, BLOCK_N, V1)
+    weights = bits.to(DTYPE, bitcast=True)
+    acc0, acc1 = add_values(acc0, acc1, alpha, weights, v, V1, IEEE, INTERPRETED)
+    return row_max, row_sum, acc0, acc1
 
 
 @triton.jit
@@ -815,7 +979,7 @@ def prefill_kernel(
     V0: tl.constexpr,  # and of values
     V1: tl.constexpr,
     SUMS: tl.constexpr,  # columns that a row's weights are summed to in loops; 0: to one number
-    AHEAD: tl.constexpr,  # scores are computed a block ahead
+    LATE: tl.constexpr,  # values are multiplied a block late: see `attend_late`
     SPLIT_END: tl.constexpr,  # the block on the sequence's end is a part of its own
     HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -1007,38 +1171,6 @@ def prefill_kernel(
             masked_count = entries_inside(masked_entries, masked_count, blocks)
             full_count = entries_inside(full_entries, full_count, blocks)
             inside = entries_inside(full_entries, full_count, seqlen_k // SPARSE_N)
-        raw_ahead = tl.zeros([1], tl.float32)
-        if AHEAD:
-            k_first = load_keys(
-                keys,
-                place,
-                begin,
-                live_keys,
-                total_k,
-                HEAD_DIM,
-                BLOCK_N,
-                D0,
-                D1,
-                PAGE_SIZE,
-                False,
-                True,
-                KEY_FORMAT,
-                K_FROM_FP8,
-            )
-            raw_ahead = scores(queries[0], k_first, D1, BLOCK_H, BLOCK_N, IEEE, INTERPRETED)
-            raw_ahead = changed_scores(
-                raw_ahead,
-                begin,
-                row_scales[0],
-                row_cells[0],
-                scale_log2,
-                softcap_log2,
-                BLOCK_N,
-                HAS_SOFTCAP,
-                SCORE_MOD,
-                MASK_MOD,
-                IEEE,
-            )
         state = (
             tl.full([BLOCK_H], NO_SCORE, tl.float32),
             no_sum,
@@ -1048,85 +1180,127 @@ def prefill_kernel(
             row_sum1,
             acc10,
             acc11,
-            raw_ahead,
         )
-        # Behind these keys a block may have places that are no keys of the sequence.
-        whole = tl.minimum(seqlen_k // BLOCK_N * BLOCK_N, stop)
-        whole = tl.maximum(whole, full_end)
-        # The keys before those that every row sees, those, and what is behind them. With lists:
-        # full blocks inside the sequence, full blocks on its end, masked blocks.
-        for PART in tl.static_range(4 if SPLIT_END else 3):
-            key_list = None
-            if SPARSE_M > 0:
-                if PART == 0:
-                    part_begin = seqlen_k * 0
-                    part_end = inside * SPARSE_N
-                    key_list = (full_entries, full_count, (end - BLOCK_N) // BLOCK_N * BLOCK_N)
+        if LATE:
+            ended = attend_late(
+                no_sum,
+                state[2],
+                state[3],
+                queries[0],
+                row_scales[0],
+                begin,
+                full_begin,
+                full_end,
+                stop,
+                row_ranges[0],
+                row_cells[0],
+                live_keys,
+                keys,
+                values,
+                place,
+                paging,
+                total_k,
+                scale_log2,
+                softcap_log2,
+                HEAD_DIM,
+                HEAD_DIM_V,
+                BLOCK_H,
+                BLOCK_N,
+                D0,
+                D1,
+                V0,
+                V1,
+                SUMS,
+                PAGE_SIZE,
+                HAS_FIRST,
+                HAS_SOFTCAP,
+                SCORE_MOD,
+                MASK_MOD,
+                KEY_FORMAT,
+                K_FROM_FP8,
+                V_FROM_FP8,
+                IEEE,
+                INTERPRETED,
+            )
+            state = (ended[0], ended[1], ended[2], ended[3], row_max1, row_sum1, acc10, acc11)
+        else:
+            # Keys before those that every row sees, those, and what is behind them; behind the
+            # last whole block are places that are no keys. With lists: full blocks inside the
+            # sequence, full blocks on its end, masked blocks.
+            whole = tl.minimum(seqlen_k // BLOCK_N * BLOCK_N, stop)
+            whole = tl.maximum(whole, full_end)
+            for PART in tl.static_range(4 if SPLIT_END else 3):
+                key_list = None
+                if SPARSE_M > 0:
+                    if PART == 0:
+                        part_begin = seqlen_k * 0
+                        part_end = inside * SPARSE_N
+                        key_list = (full_entries, full_count, (end - BLOCK_N) // BLOCK_N * BLOCK_N)
+                    elif PART == 1:
+                        part_begin = inside * SPARSE_N
+                        part_end = full_count * SPARSE_N
+                        key_list = (full_entries, full_count, stop)
+                    else:
+                        part_begin = seqlen_k * 0
+                        part_end = masked_count * SPARSE_N
+                        key_list = (masked_entries, masked_count, stop)
+                elif PART == 0:
+                    part_begin = begin
+                    part_end = full_begin
                 elif PART == 1:
-                    part_begin = inside * SPARSE_N
-                    part_end = full_count * SPARSE_N
-                    key_list = (full_entries, full_count, stop)
+                    part_begin = full_begin
+                    part_end = full_end
+                elif PART == 2:
+                    part_begin = full_end
+                    part_end = whole if SPLIT_END else stop
                 else:
-                    part_begin = seqlen_k * 0
-                    part_end = masked_count * SPARSE_N
-                    key_list = (masked_entries, masked_count, stop)
-            elif PART == 0:
-                part_begin = begin
-                part_end = full_begin
-            elif PART == 1:
-                part_begin = full_begin
-                part_end = full_end
-            elif PART == 2:
-                part_begin = full_end
-                part_end = whole if SPLIT_END else stop
-            else:
-                part_begin = whole
-                part_end = stop
-            # Parts that are there: without windows or padding nothing is before the second, and
-            # between it and the split end nothing is without a diagonal.
-            if (PART > 0 or HAS_FIRST or SPARSE_M > 0) and (PART != 2 or HAS_END or not SPLIT_END):
-                state = attend_blocks(
-                    state,
-                    queries,
-                    row_scales,
-                    part_begin,
-                    part_end,
-                    key_list,
-                    row_ranges,
-                    row_cells,
-                    live_keys,
-                    keys,
-                    values,
-                    place,
-                    paging,
-                    total_k,
-                    scale_log2,
-                    softcap_log2,
-                    HEAD_DIM,
-                    HEAD_DIM_V,
-                    BLOCK_H,
-                    BLOCK_N,
-                    D0,
-                    D1,
-                    V0,
-                    V1,
-                    SUMS,
-                    AHEAD,
-                    PAGE_SIZE,
-                    SPARSE_N,
-                    HAS_FIRST,
-                    PADDED,
-                    HAS_SOFTCAP,
-                    SCORE_MOD,
-                    MASK_MOD if PART == 2 or SPARSE_M == 0 else None,
-                    (0 if SPARSE_M > 0 else 1) != PART,
-                    (0 if SPARSE_M > 0 else 1) != PART and (PART != 2 or not SPLIT_END),
-                    KEY_FORMAT,
-                    K_FROM_FP8,
-                    V_FROM_FP8,
-                    IEEE,
-                    INTERPRETED,
-                )
+                    part_begin = whole
+                    part_end = stop
+                # Parts that are there: without windows or padding nothing is before the second,
+                # and between it and the block on the end nothing is without a diagonal.
+                if (PART > 0 or HAS_FIRST or SPARSE_M > 0) and (
+                    PART != 2 or HAS_END or not SPLIT_END
+                ):
+                    state = attend_blocks(
+                        state,
+                        queries,
+                        row_scales,
+                        part_begin,
+                        part_end,
+                        key_list,
+                        row_ranges,
+                        row_cells,
+                        live_keys,
+                        keys,
+                        values,
+                        place,
+                        paging,
+                        total_k,
+                        scale_log2,
+                        softcap_log2,
+                        HEAD_DIM,
+                        HEAD_DIM_V,
+                        BLOCK_H,
+                        BLOCK_N,
+                        D0,
+                        D1,
+                        V0,
+                        V1,
+                        SUMS,
+                        PAGE_SIZE,
+                        SPARSE_N,
+                        HAS_FIRST,
+                        HAS_SOFTCAP,
+                        SCORE_MOD,
+                        MASK_MOD if PART == 2 or SPARSE_M == 0 else None,
+                        (0 if SPARSE_M > 0 else 1) != PART,
+                        (0 if SPARSE_M > 0 else 1) != PART and (PART != 2 or not SPLIT_END),
+                        KEY_FORMAT,
+                        K_FROM_FP8,
+                        V_FROM_FP8,
+                        IEEE,
+                        INTERPRETED,
+                    )
         out_base = (
             out_ptr
             + seq_idx.to(tl.int64) * out_stride_b

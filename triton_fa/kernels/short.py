@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from triton_fa.kernels.prefill import load_rows, maximum_with, ranged_scores, store_rows
+from triton_fa.kernels.prefill import load_rows, maximum_with, store_rows, visible_scores
 from triton_fa.kernels.primitives import (
     NO_SCORE,
     VARYING,
@@ -163,7 +163,7 @@ def short_kernel(
         if HAS_SOFTCAP:
             raw = softcapped(raw, scale_log2, softcap_log2, IEEE)
         row_range = seen_keys(rows // GROUP, offset, 0, seqlen_k, windows)
-        raw = ranged_scores(raw, 0, row_range, BLOCK_N, HAS_FIRST, True)
+        raw = visible_scores(raw, 0, row_range, BLOCK_N, HAS_FIRST)
         row_max = tl.full([BLOCK_M], NO_SCORE, tl.float32)
         row_max = maximum_with(row_max, raw, scale_log2, HAS_SOFTCAP)
         if not HAS_SOFTCAP:

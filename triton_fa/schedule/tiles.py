@@ -12,7 +12,7 @@ from typing import TypeVar
 from triton_fa.device import DeviceFacts
 from triton_fa.spec import AttnSpec
 
-FORMAT = 2
+FORMAT = 3
 """Of tiles and their candidates: measurements made with another are not used."""
 
 LONG_ROWS = (64, 4096)
@@ -35,10 +35,7 @@ class PrefillTile:
     halves: int = 1  # 2: the rows are computed as two halves, products beside softmax
     panels: bool = False  # heads that are no power of two are two panels: see `prefill_panels`
     sums: int = 0  # columns that a row's weights are summed to in loops; 0: to one number
-    # Where keys and values are read through descriptors: the block on a sequence's end is a loop of
-    # its own; scores are computed a block ahead, but not of pages.
-    split_end: bool = False
-    ahead: bool = False
+    late: bool = False  # values are multiplied a block late, beside the softmax; for one half
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +88,13 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
     "cpu": ((256, PrefillTile(32, 32, 4, 1)),),
     # Measured (docs/log.md). Two halves keep the tensor cores busy during softmax.
     "hopper": (
-        (64, PrefillTile(128, 64, 4, 3, 2, sums=8, split_end=True)),
-        (96, PrefillTile(128, 64, 4, 3, 2, panels=True, sums=8, split_end=True)),
+        (64, PrefillTile(128, 64, 4, 3, 2, sums=8)),
+        (96, PrefillTile(128, 64, 4, 3, 2, panels=True, sums=8)),
         (128, PrefillTile(256, 64, 8, 3, 2)),
         (128, PrefillTile(128, 64, 4, 2, 2)),
-        (192, PrefillTile(128, 64, 8, 3, panels=True, sums=8, split_end=True, ahead=True)),
-        (256, PrefillTile(128, 64, 8, 2)),
+        (160, PrefillTile(128, 64, 8, 3, panels=True)),
+        (192, PrefillTile(128, 64, 8, 3, panels=True, sums=8)),
+        (256, PrefillTile(128, 64, 8, 2, late=True)),
         (256, PrefillTile(64, 64, 4, 2)),
     ),
     "hopper float8": (
