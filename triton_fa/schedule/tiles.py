@@ -327,7 +327,8 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
     "rdna": (
         (16, 128, DecodeTile(32, 8, 2, 1)),
         (128, 128, DecodeTile(16, 8, 1, 1)),
-        (32, 256, DecodeTile(16, 8, 1, 1)),
+        (32, 192, DecodeTile(16, 8, 1, 1)),
+        (32, 256, DecodeTile(16, 16, 1, 1)),
     ),
     "rdna float8": (
         (32, 128, DecodeTile(16, 8, 2, 1)),
