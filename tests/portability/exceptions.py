@@ -99,12 +99,6 @@ EXCEPTIONS = (
         "(decode|prefill)_kernel",
     ),
     Exempt(
-        "matrix instructions of this chip want operands twice: no tile of 16 keys was found to fit",
-        "gfx11.*",
-        "decode-(160|192)-rows-(64|128)|prefill-160-(long|short)",
-        "prefill_kernel",
-    ),
-    Exempt(
         "accumulators 512 wide",
         "gfx1[12].*",
         "decode-latent.*",

@@ -151,7 +151,7 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
     "rdna": (
         (64, PrefillTile(128, 32, 8, 1)),
         (128, PrefillTile(64, 16, 8, 1)),
-        (256, PrefillTile(32, 16, 8, 1)),
+        (256, PrefillTile(32, 16, 8, 1, panels=True)),
     ),
     "rdna float32": ((256, PrefillTile(16, 16, 8, 1)),),
 }
