@@ -310,6 +310,7 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (64, 64, DecodeTile(64, 4, 2, 1)),
         (32, 256, DecodeTile(64, 4, 2, 1)),
         (32, 256, DecodeTile(32, 4, 2, 1)),
+        (64, 128, DecodeTile(16, 8, 3, 1)),
         (128, 192, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 1, 1)),
