@@ -339,6 +339,7 @@ def test_latent_tiles(
         ("sm_90", torch.float32, "nvidia float32", "nvidia float32"),
         ("sm_100", torch.float16, "blackwell", "blackwell"),
         ("sm_120", torch.float16, "ampere", "ampere"),
+        ("sm_120", torch.float32, "nvidia float32", "ampere float32"),
         ("sm_80", torch.float8_e4m3fn, "ampere float8", "ampere float8"),
         ("sm_100", torch.float8_e4m3fn, "blackwell float8", "blackwell"),
         ("gfx942", torch.float8_e5m2, "cdna float8", "cdna"),

@@ -582,6 +582,9 @@ def _decode(
     if block_v > 256:
         block_v = MERGED_COLUMNS
     block_p, block_r, warps = _merge_shape(pieces, rows, block_v, 0 if one_by_one else bounds.batch)
+    if device.kind == "hip" and block_v <= 16:
+        # Addresses of rows this narrow take as many registers as what they hold.
+        block_r = max(1, block_r // 2)
     if most_pieces and not one_by_one:
         # One piece after the other, of few rows each.
         many = bounds.batch > MANY_SEQUENCES

@@ -149,7 +149,7 @@ _PREFILL: dict[str, tuple[tuple[int, PrefillTile], ...]] = {
     "rdna": (
         (64, PrefillTile(128, 32, 8, 1)),
         (128, PrefillTile(64, 16, 8, 1)),
-        (256, PrefillTile(32, 16, 8, 1)),
+        (256, PrefillTile(32, 16, 8, 1, panels=True)),
     ),
     "rdna float32": ((256, PrefillTile(16, 16, 8, 1)),),
 }
@@ -279,19 +279,20 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (16, 64, DecodeTile(128, 4, 3, 2)),
         (32, 128, DecodeTile(64, 4, 3, 2)),
         (16, 256, DecodeTile(64, 4, 3, 1)),
-        (32, 160, DecodeTile(32, 4, 3, 1)),
+        (32, 160, DecodeTile(16, 4, 2, 1)),
         (32, 256, DecodeTile(64, 4, 3, 1)),
         (32, 256, DecodeTile(64, 4, 2, 1)),
-        (128, 128, DecodeTile(64, 8, 2, 1)),
         (64, 256, DecodeTile(64, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 2, 1)),
+        (128, 128, DecodeTile(32, 8, 2, 1)),
     ),
     "ampere": (
         (16, 64, DecodeTile(128, 4, 3, 2)),
         (64, 64, DecodeTile(64, 4, 3, 2)),
         (64, 64, DecodeTile(64, 4, 2, 1)),
         (16, 256, DecodeTile(64, 4, 2, 1)),
-        (32, 128, DecodeTile(64, 4, 2, 1)),
+        (32, 128, DecodeTile(64, 8, 2, 1)),
+        (32, 160, DecodeTile(16, 4, 2, 1)),
         (32, 256, DecodeTile(32, 4, 2, 1)),
         (32, 256, DecodeTile(32, 4, 1, 1)),
         (128, 192, DecodeTile(64, 8, 2, 1)),
@@ -307,9 +308,14 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
         (64, 64, DecodeTile(64, 4, 2, 1)),
         (32, 256, DecodeTile(64, 4, 2, 1)),
         (32, 256, DecodeTile(32, 4, 2, 1)),
+        (64, 128, DecodeTile(16, 8, 3, 1)),
         (128, 192, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 2, 1)),
         (64, 256, DecodeTile(32, 8, 1, 1)),
+    ),
+    "ampere float32": (
+        (16, 96, DecodeTile(32, 8, 2, 1)),
+        (16, 256, DecodeTile(16, 4, 1, 1)),
     ),
     "cdna": (
         (16, 64, DecodeTile(128, 4, 3, 2)),
@@ -325,7 +331,8 @@ _DECODE: dict[str, tuple[tuple[int, int, DecodeTile], ...]] = {
     "rdna": (
         (16, 128, DecodeTile(32, 8, 2, 1)),
         (128, 128, DecodeTile(16, 8, 1, 1)),
-        (32, 256, DecodeTile(16, 8, 1, 1)),
+        (32, 192, DecodeTile(16, 8, 1, 1)),
+        (32, 256, DecodeTile(16, 16, 1, 1)),
     ),
     "rdna float8": (
         (32, 128, DecodeTile(16, 8, 2, 1)),
@@ -432,6 +439,8 @@ def latent_tile(spec: AttnSpec, device: DeviceFacts, rows: int) -> DecodeTile:
     warps = 8 if rows > 16 else 4
     for keys, stages in ((64, 2), (32, 2), (32, 1), (16, 1)):
         tile = DecodeTile(keys, warps, stages, 1)
+        if keys == 64 and spec.batch_invariant and device.arch[0] == 10:
+            continue  # Triton 3.9 has no registers left beside its pieces
         if (keys + rows) * stages * dim * size <= _shared_budget(device):
             return tile
     return DecodeTile(16, warps, 1, 1)
