@@ -227,15 +227,16 @@ MEASURED_DECODE = {  # head_dim, rows: what was measured on an H200 (docs/log.md
     (256, 64): (32, 4, 2, 1),
 }
 MEASURED_PREFILL: dict[tuple[int, int], tuple[Any, ...]] = {  # head_dim, most rows of a sequence
-    (64, 4096): (128, 64, 4, 3, 2, False, 8, True),
-    (64, 4097): (128, 64, 4, 3, 2, False, 8, True),
-    (80, 4097): (128, 64, 4, 3, 2, True, 8, True),
-    (96, 4097): (128, 64, 4, 3, 2, True, 8, True),
-    (160, 4097): (128, 64, 8, 3, 1, True, 8, True, True),
+    (64, 4096): (128, 64, 4, 3, 2, False, 8),
+    (64, 4097): (128, 64, 4, 3, 2, False, 8),
+    (80, 4097): (128, 64, 4, 3, 2, True, 8),
+    (96, 4097): (128, 64, 4, 3, 2, True, 8),
+    (160, 4097): (128, 64, 8, 3, 1, True),
+    (192, 4097): (128, 64, 8, 3, 1, True, 8),
     (128, 4096): (128, 64, 4, 2, 2),
     (128, 4097): (256, 64, 8, 3, 2),
-    (256, 4096): (128, 64, 8, 2, 1),
-    (256, 4097): (128, 64, 8, 2, 1),
+    (256, 4096): (128, 64, 8, 2, 1, False, 0, True),
+    (256, 4097): (128, 64, 8, 2, 1, False, 0, True),
 }
 
 
@@ -246,7 +247,7 @@ def test_the_tiles_that_were_measured(dtype: torch.dtype) -> None:
     for (dim, rows), prefill in MEASURED_PREFILL.items():
         assert prefill_tile(spec(dtype, dim, dim), H200, rows) == tiles.PrefillTile(*prefill)
     of_mla = prefill_tile(spec(dtype, 192, 128), H200, 4097)
-    assert of_mla == tiles.PrefillTile(*MEASURED_PREFILL[160, 4097])
+    assert of_mla == tiles.PrefillTile(*MEASURED_PREFILL[192, 4097])
 
 
 @pytest.mark.parametrize(

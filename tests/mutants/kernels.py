@@ -492,8 +492,8 @@ PREFILL = (
     Mutant(
         "prefill-second-half-mask",
         "prefill.py",
-        "raw1 = ranged_scores(raw1, start, row_ranges[1]",
-        "raw1 = ranged_scores(raw1, start, row_ranges[0]",
+        "row_scales[1],\n                    row_ranges[1],",
+        "row_scales[1],\n                    row_ranges[0],",
         "the second half of the rows is masked like the first",
         ("tests/test_kernels.py::test_rows_in_two_halves[causal]",),
         blind=True,
@@ -501,8 +501,8 @@ PREFILL = (
     Mutant(
         "prefill-descriptor-nan",
         "prefill.py",
-        "live = token <= live_keys[1]",
-        "live = token <= live_keys[1] + BLOCK_N",
+        "live = (start + tl.arange(0, BLOCK_N) <= live_keys[1])",
+        "live = (start <= live_keys[1] + tl.arange(0, BLOCK_N))",
         "NaN behind a sequence reaches the product where TMA loads",
         ("tests/test_gpu.py::test_nan_behind_the_end_of_packed_keys_stays_there",),
         blind=True,
