@@ -778,6 +778,7 @@ def _prefill(
             V0=v0,
             V1=v1,
             SUMS=tile.sums,
+            WGMMA=device.kind == "cuda" and device.arch[0] == 9,
             LATE=tile.late and problem.tensors.blocks is None,
             # What descriptors read there must be cleared; the interpreter tests the loops.
             SPLIT_END=(described or INTERPRETED) and problem.tensors.blocks is None,

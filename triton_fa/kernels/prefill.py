@@ -442,6 +442,7 @@ def attend_blocks(
     MASK_MOD: tl.constexpr,
     MASKED: tl.constexpr,
     CLEAN: tl.constexpr,  # blocks may hold places that are no keys of the sequence
+    WGMMA: tl.constexpr,  # products may be under way while others are computed
     KEY_FORMAT: tl.constexpr,
     K_FROM_FP8: tl.constexpr,
     V_FROM_FP8: tl.constexpr,
@@ -463,7 +464,7 @@ def attend_blocks(
         page = place[0] + 0
     # Beside the loop the accumulators are what they were; ptxas would not leave products under way
     # within it where both meet before the last are waited for.
-    if begin < end:
+    if (begin < end) | (not WGMMA):
         for at in tl.range(begin, end, BLOCK_N):
             start = listed(at, key_list, SPARSE_N)
             if PAGED:
@@ -980,6 +981,7 @@ def prefill_kernel(
     V1: tl.constexpr,
     SUMS: tl.constexpr,  # columns that a row's weights are summed to in loops; 0: to one number
     LATE: tl.constexpr,  # values are multiplied a block late: see `attend_late`
+    WGMMA: tl.constexpr,  # products run beside other work, as on Hopper
     SPLIT_END: tl.constexpr,  # the block on the sequence's end is a part of its own
     HAS_SOFTCAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
@@ -1295,6 +1297,7 @@ def prefill_kernel(
                         MASK_MOD if PART == 2 or SPARSE_M == 0 else None,
                         (0 if SPARSE_M > 0 else 1) != PART,
                         (0 if SPARSE_M > 0 else 1) != PART and (PART != 2 or not SPLIT_END),
+                        WGMMA,
                         KEY_FORMAT,
                         K_FROM_FP8,
                         V_FROM_FP8,
