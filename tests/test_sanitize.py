@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from click.testing import CliRunner
+from triton.runtime import interpreter
 
 from parity_tests import sanitize
 from parity_tests.sanitize import Accepted, parse
@@ -24,6 +28,7 @@ from parity_tests.sanitize_cases import CALLS, Call
 from tests.portability.__main__ import kernel_names
 from tests.portability.compiler import Step, planning_for
 from tests.portability.targets import TARGETS
+from triton_fa import device as device_facts
 from triton_fa.kernels import hopper_plans
 from triton_fa.kernels.compat import TRITON_VERSION
 
@@ -298,6 +303,93 @@ def test_what_goes_together(launched: list[Launched]) -> None:
 def test_a_case_runs() -> None:
     """In the interpreter, as all of them do where there is a GPU."""
     next(case for case in CALLS if case.name == "zero lengths, paged").run("cpu")
+
+
+# ---------------------------------------------------------------- initcheck in the interpreter
+
+
+class Memory:
+    """Which bytes of the workspaces that are allocated from now on a kernel has stored."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spaces: list[tuple[torch.Tensor, Any]] = []
+        self.unwritten = 0  # bytes that were loaded all the same
+        empty = torch.empty_strided
+        builder = interpreter.InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def allocated(*given: Any, **options: Any) -> torch.Tensor:
+            space = empty(*given, **options)
+            self.spaces.append((space, np.zeros(space.nbytes, bool)))
+            return space
+
+        def loaded(own: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            for written, bytes_of in self.touched(pointers, mask):
+                self.unwritten += np.count_nonzero(~written[bytes_of])
+            return load(own, pointers, mask, *rest)
+
+        def stored(own: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            for written, bytes_of in self.touched(pointers, mask):
+                written[bytes_of] = True
+            return store(own, pointers, value, mask, *rest)
+
+        monkeypatch.setattr(torch, "empty_strided", allocated)
+        monkeypatch.setattr(builder, "create_masked_load", loaded)
+        monkeypatch.setattr(builder, "create_masked_store", stored)
+
+    def touched(self, pointers: Any, mask: Any) -> Iterable[tuple[Any, Any]]:
+        """Of each workspace: what is written of it, and which of its bytes are meant."""
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[mask.data.astype(bool)].astype(np.int64)
+        for space, written in self.spaces:
+            first = addresses - space.data_ptr()
+            first = first[(first >= 0) & (first < space.nbytes)]
+            if first.size:
+                yield written, first[:, None] + np.arange(size)
+
+
+@pytest.fixture
+def memory(fresh: pytest.MonkeyPatch) -> Memory:
+    """With 16 multiprocessors, more than the interpreter has: more sequences are cut."""
+    facts = device_facts.DeviceFacts("cpu", (0, 0), 16, 1 << 20)
+    fresh.setattr(device_facts, "facts", lambda device: facts)
+    return Memory(fresh)
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head dim 72, mixed batch",
+        "head dim 192 with v 128, decode",
+        "decode, batch-invariant",
+        "deepseek MLA decode, 16 heads, 1 to 4 tokens",
+    ],
+)
+def test_partial_results_are_read_as_they_were_written(name: str, memory: Memory) -> None:
+    """Also where a sequence has fewer rows than its launch."""
+    next(case for case in CALLS if case.name == name).run("cpu")
+    assert any(written.any() for _, written in memory.spaces)
+    assert memory.unwritten == 0
+
+
+@triton.jit
+def _shift_kernel(x_ptr, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x_ptr + at, at, mask=at < count)
+    tl.debug_barrier()
+    tl.store(x_ptr + at + BLOCK, tl.load(x_ptr + at))
+
+
+@interpreted
+@pytest.mark.parametrize(("count", "unwritten"), [(16, 0), (13, 12)])
+def test_what_nobody_wrote_is_noticed(count: int, unwritten: int, memory: Memory) -> None:
+    space = torch.empty_strided((32,), (1,), dtype=torch.int32)
+    _shift_kernel[(1,)](space, count, BLOCK=16)
+    assert memory.unwritten == unwritten
 
 
 # ---------------------------------------------------------------- the command
