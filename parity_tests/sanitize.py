@@ -26,6 +26,7 @@ import torch
 from parity_tests import report as parity_report
 from parity_tests.device import Device
 from parity_tests.sanitize_cases import CALLS, Call, caching
+from parity_tests.sanitize_ledger import LEDGER, Accepted
 from parity_tests.shard import Shard, part
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -39,18 +40,6 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 NO_FINDING = re.compile(r"COMPUTE-SANITIZER$|[A-Z]+ SUMMARY: |Target application returned an error")
 # What records that are joined have in common.
 SAME = ("gpu", "torch", "triton", "commit", "source_digest", "compute_sanitizer")
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A finding that is none, and why."""
-
-    tool: str
-    pattern: str  # a regular expression that the finding contains
-    why: str
-
-
-LEDGER: tuple[Accepted, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from click.testing import CliRunner
 from triton.runtime import interpreter
 
 from parity_tests import sanitize
-from parity_tests.sanitize import Accepted, parse
+from parity_tests.sanitize import parse
 from parity_tests.sanitize_cases import CALLS, Call
+from parity_tests.sanitize_ledger import KERNELS, LEDGER, Accepted, place, race
 from tests.portability.__main__ import kernel_names
 from tests.portability.compiler import Step, planning_for
 from tests.portability.targets import TARGETS
@@ -130,10 +131,57 @@ def test_an_explained_finding_passes_for_its_tool_alone(monkeypatch: Any) -> Non
 
 
 def test_the_ledger_explains() -> None:
-    for entry in sanitize.LEDGER:
+    for entry in LEDGER:
         assert entry.tool in sanitize.TOOLS
         assert entry.pattern
         assert entry.why
+
+
+def race_text(first: str, *others: str) -> str:
+    """What racecheck prints of accesses like "Write kernel file.py:1"."""
+    lines = [
+        f"{kind} access at {kernel}+0x{0x90 + n:x} in {where}"
+        for n, (kind, kernel, where) in enumerate(access.split() for access in (first, *others))
+    ]
+    between = "".join(f"=========     and {line} [46 hazards]\n" for line in lines[1:])
+    return (
+        f"========= Error: Race reported between {lines[0]}\n{between}========= \n"
+        "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    )
+
+
+def test_a_race_is_accepted_for_its_kernel_and_its_places_alone(monkeypatch: Any) -> None:
+    pattern = race("one_kernel", r"a\.py:1", r"a\.py:1", r"a\.py:20")
+    monkeypatch.setattr(sanitize, "LEDGER", (Accepted("racecheck", pattern, "a reason"),))
+    read, write = "Read one_kernel a.py:1", "Write one_kernel a.py:1"
+    last = "Write one_kernel a.py:20"
+    for accepted in ((read, write), (read, write, last), (last, read), (write, read, read)):
+        assert not parse("racecheck", race_text(*accepted)).problems
+    for real in (
+        (read, "Write one_kernel a.py:2"),
+        (read, "Write one_kernel a.py:200"),
+        (read, write, "Write one_kernel b.py:1"),
+        (read, "Write another_kernel a.py:1"),
+        ("Read another_kernel a.py:1", write),
+        ("Read one_kernel a.py:20", write),
+        (write, last),
+        (write, read, last),
+    ):
+        assert parse("racecheck", race_text(*real)).problems
+
+
+def test_a_place_is_one_line_of_the_sources() -> None:
+    lines = (KERNELS / "latent.py").read_text().splitlines()
+    file, number = place("latent.py", "acc = rescaled(acc, alphas", "weigher").split(":")
+    assert file == r"latent\.py"
+    assert "alphas.load(" in lines[int(number) - 1]
+    for given in (
+        ("mbarrier.wait(",),
+        ("mbarrier.wait(", "weigher"),
+        ("acc = rescaled(", "scorer"),
+    ):
+        with pytest.raises(ValueError, match="expected one"):
+            place("latent.py", *given)
 
 
 def test_a_finding_names_the_case_that_was_running() -> None:
