@@ -479,7 +479,7 @@ def test_shares_of_the_cases(tool: Path) -> None:
     count = len(CALLS) + 1
     none = CliRunner().invoke(sanitize.main, ["--shard", f"{count}/{count}"])
     assert none.exit_code == 2
-    assert f"there are {len(CALLS)} cases" in none.output
+    assert f"of {len(CALLS)} cases none is left" in none.output
 
 
 @pytest.fixture
@@ -544,6 +544,39 @@ def test_a_share_that_is_missing_is_no_clean_result(tool: Path, machine: dict[st
         f"memcheck: {len(CALLS) // 2} cases in no record"
         in data["tools"]["memcheck"]["problems"][0]
     )
+
+
+def test_a_case_is_left_out_for_a_reason(tool: Path, machine: dict[str, str]) -> None:
+    (first, *_), (other, *_) = sanitize.cases((1, 2)), sanitize.cases((2, 2))
+    leave_out = [f"--leave-out={name}=it = slow" for name in (first.name, other.name)]
+    shares = [str(tool / f"{index}.json") for index in (1, 2, 3)]
+    for index, path in enumerate(shares[:2], 1):
+        status, data = recorded(Path(path), "--shard", f"{index}/2", *leave_out)
+        (name,) = data["tools"]["racecheck"]["left_out"]
+        assert status == 0
+        assert data["tools"]["racecheck"]["left_out"][name] == "it = slow"
+        assert name not in data["tools"]["racecheck"]["cases"]
+    status, whole = recorded(tool / "whole.json", "--join", *shares[:2])
+    assert (status, whole["passed"]) == (0, True)
+    assert [*whole["tools"]["racecheck"]["left_out"]] == [first.name, other.name]
+    # By another run, over that case among others, it is there after all.
+    recorded(Path(shares[2]), "--shard", "1/2")
+    status, whole = recorded(tool / "whole.json", "--join", *shares[1:])
+    assert (status, [*whole["tools"]["racecheck"]["left_out"]]) == (0, [other.name])
+    for wrong in ("no such case=slow", first.name, f"{first.name}= "):
+        assert CliRunner().invoke(sanitize.main, ["--leave-out", wrong]).exit_code == 2
+
+
+def test_what_is_left_out_does_not_run(tool: Path) -> None:
+    (tool / "compute-sanitizer").write_text(f'#!/bin/sh\necho "$@" > "{tool}/given"\n')
+    (name, *_) = (case.name for case in sanitize.cases((1, 3)))
+    options = ["--tool", "racecheck", "--shard", "1/3", "--leave-out", f"{name}=slow"]
+    CliRunner().invoke(sanitize.main, options)
+    assert f"--cases --shard 1/3 --leave-out={name}={name}" in (tool / "given").read_text()
+    ran: list[Call] = []
+    with mock.patch.object(sanitize, "run_cases", ran.extend):
+        CliRunner().invoke(sanitize.main, ["--cases", *options[2:]])
+    assert ran == sanitize.cases((1, 3))[1:]
 
 
 def test_what_does_not_belong_together_is_not_joined(tool: Path, machine: dict[str, str]) -> None:
