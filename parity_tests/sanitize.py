@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from parity_tests import report as parity_report
 from parity_tests.device import Device
 from parity_tests.sanitize_cases import CALLS, Call, caching
+from parity_tests.sanitize_ledger import LEDGER, Accepted
 from parity_tests.shard import Shard, part
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -39,18 +40,6 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
 NO_FINDING = re.compile(r"COMPUTE-SANITIZER$|[A-Z]+ SUMMARY: |Target application returned an error")
 # What records that are joined have in common.
 SAME = ("gpu", "torch", "triton", "commit", "source_digest", "compute_sanitizer")
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A finding that is none, and why."""
-
-    tool: str
-    pattern: str  # a regular expression that the finding contains
-    why: str
-
-
-LEDGER: tuple[Accepted, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +120,10 @@ def _said(output: str) -> Iterator[tuple[str, str]]:
 
 
 def run(
-    tool: str, shard: tuple[int, int] = (1, 1), log: Path | None = None
+    tool: str,
+    shard: tuple[int, int] = (1, 1),
+    log: Path | None = None,
+    left_out: Iterable[str] = (),
 ) -> tuple[Report, str, int]:
     """One tool over a share of the cases: its report, all output, and the exit status.
 
@@ -139,6 +131,7 @@ def run(
     """
     sanitizer = ["compute-sanitizer", "--tool", tool, "--print-limit", "1000"]
     share = ["--shard", "{}/{}".format(*shard)]
+    share += [f"--leave-out={name}={name}" for name in left_out]
     program = [sys.executable, "-m", "parity_tests.sanitize", "--cases", *share]
     with log.open("w+") if log else tempfile.TemporaryFile("w+") as file:
         done = subprocess.run(
@@ -152,9 +145,9 @@ def run(
     return parse(tool, output), output, done.returncode
 
 
-def cases(shard: tuple[int, int] = (1, 1)) -> list[Call]:
-    """Those of a share."""
-    return part(CALLS, shard)
+def cases(shard: tuple[int, int] = (1, 1), left_out: Iterable[str] = ()) -> list[Call]:
+    """Those of a share, but for some."""
+    return [case for case in part(CALLS, shard) if case.name not in left_out]
 
 
 def run_cases(chosen: Iterable[Call]) -> None:
@@ -175,7 +168,11 @@ def run_cases(chosen: Iterable[Call]) -> None:
 
 
 def as_data(
-    report: Report, problems: Sequence[str], ran: Sequence[Call], s: float
+    report: Report,
+    problems: Sequence[str],
+    ran: Sequence[Call],
+    left_out: Mapping[str, str],
+    s: float,
 ) -> dict[str, Any]:
     """What a record holds of one tool; findings that read alike are one."""
     times = Counter((f.case, f.text, f.where) for f in report.findings)
@@ -196,6 +193,7 @@ def as_data(
         "findings": findings,
         "problems": list(dict.fromkeys(problems)),
         "cases": [case.name for case in ran],
+        "left_out": dict(left_out),
         "seconds": round(s, 1),
     }
 
@@ -231,14 +229,17 @@ def joined(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
             for name in ("findings", "problems", "cases")
         }
         counts = [each["counted"] for each in parts]
+        left_out = {n: why for each in parts for n, why in each["left_out"].items()}
+        left_out = {n: why for n, why in left_out.items() if n not in whole["cases"]}
         tools[tool] = {
             "counted": None if None in counts else sum(counts),
             **whole,
+            "left_out": left_out,
             "seconds": round(sum(each["seconds"] for each in parts), 1),
         }
         if len(set(whole["cases"])) < len(whole["cases"]):
             raise click.ClickException(f"--join: cases of {tool} are in several records")
-        if missing := {case.name for case in CALLS} - {*whole["cases"]}:
+        if missing := {case.name for case in CALLS} - {*whole["cases"], *left_out}:
             few = ", ".join(sorted(missing)[:3])
             whole["problems"].append(f"{tool}: {len(missing)} cases in no record: {few}")
     commands = "; ".join(each["command"] for each in environments)
@@ -252,9 +253,31 @@ def _join(paths: Sequence[Path], output: Path | None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write(output, where, tools)
     for tool, found in tools.items():
-        said = found["problems"] or [f"{tool}: clean over {len(found['cases'])} cases"]
-        click.echo("\n".join(said))
+        _tell(tool, found["problems"], len(found["cases"]), found["left_out"])
     sys.exit(any(found["problems"] for found in tools.values()))
+
+
+def _tell(tool: str, problems: Sequence[str], ran: int, left_out: Mapping[str, str]) -> None:
+    for name, why in left_out.items():
+        click.echo(f"{tool}: left out, {why}: {name}")
+    click.echo("\n".join(problems) if problems else f"{tool}: clean over {ran} cases")
+
+
+class LeftOut(click.ParamType):
+    """``CASE=REASON``: a case that is not run."""
+
+    name = "CASE=REASON"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        """(case, reason) of what was typed."""
+        name, _, why = str(value).partition("=")
+        if name not in {case.name for case in CALLS}:
+            self.fail(f"there is no case {name!r}", param, ctx)
+        if not why.strip():
+            self.fail(f"why is {name!r} left out? CASE=REASON", param, ctx)
+        return name, why
 
 
 @click.command()
@@ -267,6 +290,12 @@ def _join(paths: Sequence[Path], output: Path | None) -> None:
     help="The i-th of n shares of the cases, as i/n.",
 )
 @click.option(
+    "--leave-out",
+    multiple=True,
+    type=LeftOut(),
+    help="A case that is not run, say because a tool does not get through it; a record says so.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     help="A JSON record; beside it, as .TOOL.log, what the tools say.",
@@ -277,6 +306,7 @@ def _join(paths: Sequence[Path], output: Path | None) -> None:
 def main(
     tools: tuple[str, ...],
     shard: tuple[int, int],
+    leave_out: tuple[tuple[str, str], ...],
     output: Path | None,
     join: bool,
     only_cases: bool,
@@ -287,9 +317,11 @@ def main(
         raise click.UsageError("--join goes with records, and they with it")
     if join:
         _join(records, output)
-    chosen = cases(shard)
+    in_share = {case.name for case in cases(shard)}
+    left_out = {name: why for name, why in leave_out if name in in_share}
+    chosen = cases(shard, left_out)
     if not chosen:
-        raise click.UsageError(f"--shard: there are {len(CALLS)} cases")
+        raise click.UsageError(f"--shard, --leave-out: of {len(CALLS)} cases none is left")
     if only_cases:
         run_cases(chosen)
         return
@@ -305,7 +337,7 @@ def main(
     for tool in tools or TOOLS:
         begin = time.perf_counter()
         log = output.with_suffix(f".{tool}.log") if output else None
-        report, said, status = run(tool, shard, log)
+        report, said, status = run(tool, shard, log, left_out)
         problems = report.problems
         if status and not problems:
             problems = [f"{tool}: the cases ended with exit status {status}"]
@@ -314,8 +346,8 @@ def main(
         for finding in report.findings:
             if finding.accepted:
                 click.echo(f"{tool}: accepted, {finding.accepted.why}: {finding.text}")
-        click.echo("\n".join(problems) if problems else f"{tool}: clean over {len(chosen)} cases")
-        made[tool] = as_data(report, problems, chosen, time.perf_counter() - begin)
+        _tell(tool, problems, len(chosen), left_out)
+        made[tool] = as_data(report, problems, chosen, left_out, time.perf_counter() - begin)
     if output:
         command = shlex.join(["python", "-m", "parity_tests.sanitize", *sys.argv[1:]])
         write(output, environment(command), made)

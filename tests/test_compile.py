@@ -6,6 +6,7 @@ This is the part of ``python -m tests.portability`` that every change runs: fewe
 import ast
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -260,6 +261,37 @@ def test_a_part_of_the_matrix_can_be_asked_for() -> None:
     assert options.cases == ["prefill-96-long", "prefill-96-short"]
     with pytest.raises(SystemExit):
         portability.parse(["--target", "sm_75"])
+
+
+PTX = """
+import sys
+from triton.backends.compiler import GPUTarget
+from tests.portability.compiler import planned
+from tests.portability.targets import TARGETS
+from triton_fa.kernels.launch import cross_compile
+for step in planned(TARGETS["sm_90"], sys.argv[1]):
+    if step.kernel.__name__ == sys.argv[2]:
+        chip = GPUTarget("cuda", 90, 32)
+        made = cross_compile(step.kernel, (), step.values, step.options, chip)
+        sys.stdout.write(made.asm["ptx"])
+"""
+
+
+@pytest.mark.parametrize("case", ["decode-128", "decode-latent"])
+def test_all_threads_with_a_row_merge_to_the_same_sum(case: str) -> None:
+    """A product that becomes part of the addition across threads is rounded by the others alone:
+    then sums differ by the thread, and so does what is written of them to one place.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PTX, case, "combine_kernel"]
+    ptx = subprocess.run(
+        command, cwd=KERNELS.parents[1], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    others = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%r\d+)", ptx))
+    sums = re.findall(r"add(?:\.rn)?\.f32\s+%r\d+, %r\d+, (%r\d+)", ptx)
+    assert others & {*sums}
+    addends = re.findall(r"fma\.rn\.f32\s+%r\d+, %r\d+, %r\d+, (%r\d+)", ptx)
+    assert not others & {*addends}
 
 
 def shadowed(source: str) -> list[str]:

@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from click.testing import CliRunner
+from triton.runtime import interpreter
 
 from parity_tests import sanitize
-from parity_tests.sanitize import Accepted, parse
+from parity_tests.sanitize import parse
 from parity_tests.sanitize_cases import CALLS, Call
+from parity_tests.sanitize_ledger import KERNELS, LEDGER, Accepted, place, race
 from tests.portability.__main__ import kernel_names
 from tests.portability.compiler import Step, planning_for
 from tests.portability.targets import TARGETS
+from triton_fa import device as device_facts
 from triton_fa.kernels import hopper_plans
 from triton_fa.kernels.compat import TRITON_VERSION
 
@@ -125,10 +131,57 @@ def test_an_explained_finding_passes_for_its_tool_alone(monkeypatch: Any) -> Non
 
 
 def test_the_ledger_explains() -> None:
-    for entry in sanitize.LEDGER:
+    for entry in LEDGER:
         assert entry.tool in sanitize.TOOLS
         assert entry.pattern
         assert entry.why
+
+
+def race_text(first: str, *others: str) -> str:
+    """What racecheck prints of accesses like "Write kernel file.py:1"."""
+    lines = [
+        f"{kind} access at {kernel}+0x{0x90 + n:x} in {where}"
+        for n, (kind, kernel, where) in enumerate(access.split() for access in (first, *others))
+    ]
+    between = "".join(f"=========     and {line} [46 hazards]\n" for line in lines[1:])
+    return (
+        f"========= Error: Race reported between {lines[0]}\n{between}========= \n"
+        "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    )
+
+
+def test_a_race_is_accepted_for_its_kernel_and_its_places_alone(monkeypatch: Any) -> None:
+    pattern = race("one_kernel", r"a\.py:1", r"a\.py:1", r"a\.py:20")
+    monkeypatch.setattr(sanitize, "LEDGER", (Accepted("racecheck", pattern, "a reason"),))
+    read, write = "Read one_kernel a.py:1", "Write one_kernel a.py:1"
+    last = "Write one_kernel a.py:20"
+    for accepted in ((read, write), (read, write, last), (last, read), (write, read, read)):
+        assert not parse("racecheck", race_text(*accepted)).problems
+    for real in (
+        (read, "Write one_kernel a.py:2"),
+        (read, "Write one_kernel a.py:200"),
+        (read, write, "Write one_kernel b.py:1"),
+        (read, "Write another_kernel a.py:1"),
+        ("Read another_kernel a.py:1", write),
+        ("Read one_kernel a.py:20", write),
+        (write, last),
+        (write, read, last),
+    ):
+        assert parse("racecheck", race_text(*real)).problems
+
+
+def test_a_place_is_one_line_of_the_sources() -> None:
+    lines = (KERNELS / "latent.py").read_text().splitlines()
+    file, number = place("latent.py", "acc = rescaled(acc, alphas", "weigher").split(":")
+    assert file == r"latent\.py"
+    assert "alphas.load(" in lines[int(number) - 1]
+    for given in (
+        ("mbarrier.wait(",),
+        ("mbarrier.wait(", "weigher"),
+        ("acc = rescaled(", "scorer"),
+    ):
+        with pytest.raises(ValueError, match="expected one"):
+            place("latent.py", *given)
 
 
 def test_a_finding_names_the_case_that_was_running() -> None:
@@ -300,6 +353,93 @@ def test_a_case_runs() -> None:
     next(case for case in CALLS if case.name == "zero lengths, paged").run("cpu")
 
 
+# ---------------------------------------------------------------- initcheck in the interpreter
+
+
+class Memory:
+    """Which bytes of the workspaces that are allocated from now on a kernel has stored."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spaces: list[tuple[torch.Tensor, Any]] = []
+        self.unwritten = 0  # bytes that were loaded all the same
+        empty = torch.empty_strided
+        builder = interpreter.InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def allocated(*given: Any, **options: Any) -> torch.Tensor:
+            space = empty(*given, **options)
+            self.spaces.append((space, np.zeros(space.nbytes, bool)))
+            return space
+
+        def loaded(own: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+            for written, bytes_of in self.touched(pointers, mask):
+                self.unwritten += np.count_nonzero(~written[bytes_of])
+            return load(own, pointers, mask, *rest)
+
+        def stored(own: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+            for written, bytes_of in self.touched(pointers, mask):
+                written[bytes_of] = True
+            return store(own, pointers, value, mask, *rest)
+
+        monkeypatch.setattr(torch, "empty_strided", allocated)
+        monkeypatch.setattr(builder, "create_masked_load", loaded)
+        monkeypatch.setattr(builder, "create_masked_store", stored)
+
+    def touched(self, pointers: Any, mask: Any) -> Iterable[tuple[Any, Any]]:
+        """Of each workspace: what is written of it, and which of its bytes are meant."""
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses = pointers.data[mask.data.astype(bool)].astype(np.int64)
+        for space, written in self.spaces:
+            first = addresses - space.data_ptr()
+            first = first[(first >= 0) & (first < space.nbytes)]
+            if first.size:
+                yield written, first[:, None] + np.arange(size)
+
+
+@pytest.fixture
+def memory(fresh: pytest.MonkeyPatch) -> Memory:
+    """With 16 multiprocessors, more than the interpreter has: more sequences are cut."""
+    facts = device_facts.DeviceFacts("cpu", (0, 0), 16, 1 << 20)
+    fresh.setattr(device_facts, "facts", lambda device: facts)
+    return Memory(fresh)
+
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head dim 72, mixed batch",
+        "head dim 192 with v 128, decode",
+        "decode, batch-invariant",
+        "deepseek MLA decode, 16 heads, 1 to 4 tokens",
+    ],
+)
+def test_partial_results_are_read_as_they_were_written(name: str, memory: Memory) -> None:
+    """Also where a sequence has fewer rows than its launch."""
+    next(case for case in CALLS if case.name == name).run("cpu")
+    assert any(written.any() for _, written in memory.spaces)
+    assert memory.unwritten == 0
+
+
+@triton.jit
+def _shift_kernel(x_ptr, count, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x_ptr + at, at, mask=at < count)
+    tl.debug_barrier()
+    tl.store(x_ptr + at + BLOCK, tl.load(x_ptr + at))
+
+
+@interpreted
+@pytest.mark.parametrize(("count", "unwritten"), [(16, 0), (13, 12)])
+def test_what_nobody_wrote_is_noticed(count: int, unwritten: int, memory: Memory) -> None:
+    space = torch.empty_strided((32,), (1,), dtype=torch.int32)
+    _shift_kernel[(1,)](space, count, BLOCK=16)
+    assert memory.unwritten == unwritten
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -339,7 +479,7 @@ def test_shares_of_the_cases(tool: Path) -> None:
     count = len(CALLS) + 1
     none = CliRunner().invoke(sanitize.main, ["--shard", f"{count}/{count}"])
     assert none.exit_code == 2
-    assert f"there are {len(CALLS)} cases" in none.output
+    assert f"of {len(CALLS)} cases none is left" in none.output
 
 
 @pytest.fixture
@@ -404,6 +544,39 @@ def test_a_share_that_is_missing_is_no_clean_result(tool: Path, machine: dict[st
         f"memcheck: {len(CALLS) // 2} cases in no record"
         in data["tools"]["memcheck"]["problems"][0]
     )
+
+
+def test_a_case_is_left_out_for_a_reason(tool: Path, machine: dict[str, str]) -> None:
+    (first, *_), (other, *_) = sanitize.cases((1, 2)), sanitize.cases((2, 2))
+    leave_out = [f"--leave-out={name}=it = slow" for name in (first.name, other.name)]
+    shares = [str(tool / f"{index}.json") for index in (1, 2, 3)]
+    for index, path in enumerate(shares[:2], 1):
+        status, data = recorded(Path(path), "--shard", f"{index}/2", *leave_out)
+        (name,) = data["tools"]["racecheck"]["left_out"]
+        assert status == 0
+        assert data["tools"]["racecheck"]["left_out"][name] == "it = slow"
+        assert name not in data["tools"]["racecheck"]["cases"]
+    status, whole = recorded(tool / "whole.json", "--join", *shares[:2])
+    assert (status, whole["passed"]) == (0, True)
+    assert [*whole["tools"]["racecheck"]["left_out"]] == [first.name, other.name]
+    # By another run, over that case among others, it is there after all.
+    recorded(Path(shares[2]), "--shard", "1/2")
+    status, whole = recorded(tool / "whole.json", "--join", *shares[1:])
+    assert (status, [*whole["tools"]["racecheck"]["left_out"]]) == (0, [other.name])
+    for wrong in ("no such case=slow", first.name, f"{first.name}= "):
+        assert CliRunner().invoke(sanitize.main, ["--leave-out", wrong]).exit_code == 2
+
+
+def test_what_is_left_out_does_not_run(tool: Path) -> None:
+    (tool / "compute-sanitizer").write_text(f'#!/bin/sh\necho "$@" > "{tool}/given"\n')
+    (name, *_) = (case.name for case in sanitize.cases((1, 3)))
+    options = ["--tool", "racecheck", "--shard", "1/3", "--leave-out", f"{name}=slow"]
+    CliRunner().invoke(sanitize.main, options)
+    assert f"--cases --shard 1/3 --leave-out={name}={name}" in (tool / "given").read_text()
+    ran: list[Call] = []
+    with mock.patch.object(sanitize, "run_cases", ran.extend):
+        CliRunner().invoke(sanitize.main, ["--cases", *options[2:]])
+    assert ran == sanitize.cases((1, 3))[1:]
 
 
 def test_what_does_not_belong_together_is_not_joined(tool: Path, machine: dict[str, str]) -> None:

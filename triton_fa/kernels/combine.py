@@ -194,7 +194,7 @@ def combine_kernel(
         row_sum = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
         q_head = head * GROUP + rows % GROUP
-        row_mask = rows < seqlen_q * GROUP
+        row_mask = rows < seqlen_q * GROUP  # of other rows nobody wrote anything
         if HAS_SINK:
             sink = tl.load(sinks_ptr + q_head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
         if PDL:
@@ -202,11 +202,12 @@ def combine_kernel(
         if CHUNKED:
             # What range v has merged, and then every piece; a few loads run at a time.
             part_row = ((range_start + index) * program_slots).to(tl.int64) * ROWS + part_rows
-            row_max = tl.load(part_stat_ptr + part_row * 2, cache_modifier=".cg")
-            row_sum = tl.load(part_stat_ptr + part_row * 2 + 1, cache_modifier=".cg")
+            stat = part_stat_ptr + part_row * 2
+            row_max = tl.load(stat, mask=row_mask, other=NO_SCORE, cache_modifier=".cg")
+            row_sum = tl.load(stat + 1, mask=row_mask, other=0.0, cache_modifier=".cg")
             acc = tl.load(
                 part_ptr + part_row[:, None] * V + dims[None, :],
-                mask=(dims < V)[None, :],
+                mask=row_mask[:, None] & (dims < V)[None, :],
                 other=0.0,
                 cache_modifier=".cg",
             )
@@ -214,7 +215,7 @@ def combine_kernel(
                 holder, earlier = holder_of(start + nths, begin, num_tiles, chunk, share, extra)
                 slots = (range_start + holder) * program_slots + 1 + earlier
                 for nth in tl.static_range(BLOCK_P):
-                    live = start + nth + 0 * part_rows < pieces
+                    live = row_mask & (start + nth + 0 * part_rows < pieces)
                     slot = tl.sum(tl.where(nths == nth, slots, 0), 0)
                     part_row = slot.to(tl.int64) * ROWS + part_rows
                     stat = part_stat_ptr + part_row * 2
@@ -237,25 +238,27 @@ def combine_kernel(
         else:
             for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
                 nth = start + nths
-                live = nth < pieces
+                live = (nth < pieces)[:, None] & row_mask[None, :]
                 slot = first_slot + nth
                 if not ONE_BY_ONE:
                     # The first piece began with the sequence: what its program left half-way.
                     slot += nth + (nth == 0).to(tl.int32)
                 part_row = slot.to(tl.int64)[:, None] * ROWS + part_rows[None, :]
                 stat = part_stat_ptr + part_row * 2
-                part_max = tl.load(stat, mask=live[:, None], other=NO_SCORE, cache_modifier=".cg")
-                part_sum = tl.load(stat + 1, mask=live[:, None], other=0.0, cache_modifier=".cg")
+                part_max = tl.load(stat, mask=live, other=NO_SCORE, cache_modifier=".cg")
+                part_sum = tl.load(stat + 1, mask=live, other=0.0, cache_modifier=".cg")
                 part = tl.load(
                     part_ptr + part_row[:, :, None] * V + dims[None, None, :],
-                    mask=live[:, None, None] & (dims < V)[None, None, :],
+                    mask=live[:, :, None] & (dims < V)[None, None, :],
                     other=0.0,
                     cache_modifier=".cg",
                 )
                 new_max = tl.maximum(row_max, tl.max(part_max, 0))
                 weight = tl.exp2(part_max - new_max[None, :])
                 alpha = tl.exp2(row_max - new_max)
-                row_sum = row_sum * alpha + tl.sum(part_sum * weight, 0)
+                # Rounded before it is added: else each thread with the row has a sum of its own.
+                weighted = tl.fma(part_sum, weight, 0.0)
+                row_sum = row_sum * alpha + tl.sum(weighted, 0)
                 acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
                 row_max = new_max
         if HAS_SINK:
