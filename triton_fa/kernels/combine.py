@@ -194,7 +194,8 @@ def combine_kernel(
         row_sum = tl.zeros([BLOCK_R], tl.float32)
         acc = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
         q_head = head * GROUP + rows % GROUP
-        row_mask = rows < seqlen_q * GROUP  # of other rows nobody wrote anything
+        row_mask = rows < seqlen_q * GROUP
+        written = tl.where(row_mask, pieces, 0)  # of other rows nobody wrote anything
         if HAS_SINK:
             sink = tl.load(sinks_ptr + q_head, mask=row_mask, other=0.0).to(tl.float32) * LOG2E
         if PDL:
@@ -215,7 +216,7 @@ def combine_kernel(
                 holder, earlier = holder_of(start + nths, begin, num_tiles, chunk, share, extra)
                 slots = (range_start + holder) * program_slots + 1 + earlier
                 for nth in tl.static_range(BLOCK_P):
-                    live = row_mask & (start + nth + 0 * part_rows < pieces)
+                    live = start + nth < written
                     slot = tl.sum(tl.where(nths == nth, slots, 0), 0)
                     part_row = slot.to(tl.int64) * ROWS + part_rows
                     stat = part_stat_ptr + part_row * 2
@@ -238,7 +239,7 @@ def combine_kernel(
         else:
             for start in tl.range(0, pieces, BLOCK_P, num_stages=1):
                 nth = start + nths
-                live = (nth < pieces)[:, None] & row_mask[None, :]
+                live = nth[:, None] < written[None, :]
                 slot = first_slot + nth
                 if not ONE_BY_ONE:
                     # The first piece began with the sequence: what its program left half-way.
