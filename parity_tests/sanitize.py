@@ -30,8 +30,9 @@ from parity_tests.sanitize_ledger import LEDGER, Accepted
 from parity_tests.shard import Shard, part
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Barriers of a program that are followed: by itself the tool finds those of nvcc's kernels only.
-OPTIONS = {tool: ("--num-cuda-barriers", "64") for tool in ("racecheck", "synccheck")}
+# Barriers of a block that are followed: by itself the tool counts those of nvcc's kernels, and with
+# too few (64) racecheck does not come to its end in one run of five.
+OPTIONS = {tool: ("--num-cuda-barriers", "2048") for tool in ("racecheck", "synccheck")}
 PREFIX = "========="
 CASE = "case: "  # what the program prints before each
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")

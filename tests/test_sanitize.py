@@ -475,7 +475,7 @@ def test_shares_of_the_cases(tool: Path) -> None:
     CliRunner().invoke(sanitize.main, ["--tool", "racecheck", "--shard", "2/3"])
     given = (tool / "given").read_text().rstrip()
     assert given.endswith("--cases --shard 2/3")
-    assert given.startswith("--tool racecheck --print-limit 1000 --num-cuda-barriers 64 ")
+    assert given.startswith("--tool racecheck --print-limit 1000 --num-cuda-barriers 2048 ")
     count = len(CALLS) + 1
     none = CliRunner().invoke(sanitize.main, ["--shard", f"{count}/{count}"])
     assert none.exit_code == 2
