@@ -215,7 +215,9 @@ def write(path: Path, environment: dict[str, Any], tools: dict[str, Any]) -> Non
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def joined(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+def joined(
+    paths: Sequence[Path], wanted: Sequence[str] = TOOLS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The environment and the tools of several records; what none of them ran is a problem."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     environments = [each["environment"] for each in records]
@@ -223,7 +225,7 @@ def joined(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
         if len({each[name] for each in environments}) > 1:
             raise click.ClickException(f"--join: the records differ in {name}")
     tools: dict[str, Any] = {}
-    for tool in TOOLS:
+    for tool in wanted:
         parts = [each["tools"][tool] for each in records if tool in each["tools"]]
         whole = {
             name: [entry for each in parts for entry in each[name]]
@@ -248,14 +250,14 @@ def joined(paths: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
     return environments[0] | {"date": dates, "command": commands}, tools
 
 
-def _join(paths: Sequence[Path], output: Path | None) -> None:
-    where, tools = joined(paths)
+def _join(paths: Sequence[Path], tools: Sequence[str], output: Path | None) -> None:
+    where, found_by = joined(paths, tools or TOOLS)
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write(output, where, tools)
-    for tool, found in tools.items():
+        write(output, where, found_by)
+    for tool, found in found_by.items():
         _tell(tool, found["problems"], len(found["cases"]), found["left_out"])
-    sys.exit(any(found["problems"] for found in tools.values()))
+    sys.exit(any(found["problems"] for found in found_by.values()))
 
 
 def _tell(tool: str, problems: Sequence[str], ran: int, left_out: Mapping[str, str]) -> None:
@@ -317,7 +319,7 @@ def main(
     if join != bool(records):
         raise click.UsageError("--join goes with records, and they with it")
     if join:
-        _join(records, output)
+        _join(records, tools, output)
     in_share = {case.name for case in cases(shard)}
     left_out = {name: why for name, why in leave_out if name in in_share}
     chosen = cases(shard, left_out)

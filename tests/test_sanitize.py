@@ -273,6 +273,7 @@ ALWAYS_SO = {
     ("decode_kernel", "FP8_HARDWARE"): "since sm_89, but in the interpreter",
     ("schedule_kernel", "plan_ptr"): "its result",
     ("combine_kernel|latent_kernel|hopper_kernel|reset_kernel", "part_ptr"): "its workspace",
+    ("prefill_kernel", "WGMMA"): "on Hopper",
     ("latent_kernel", "qv_ptr"): "what it is for",
     ("merge_.*_kernel", "lse_ptr|part_ptr"): "its result, and what it merges",
 }

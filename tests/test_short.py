@@ -125,7 +125,8 @@ def test_features(data: st.DataObject, kernels: Kernels, device: str) -> None:
     except ValueError:  # not a legal case
         hypothesis.reject()
     agrees(case, device)
-    assert kernels() == ["short_kernel"]
+    if device == "cpu" or case.dtype != "float32":  # GPUs have no tile of it for float32
+        assert kernels() == ["short_kernel"]
 
 
 ONE_EACH: dict[str, dict[str, Any]] = {
