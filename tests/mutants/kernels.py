@@ -247,7 +247,7 @@ LINE = (
         "(nearest_piece(position, tiles, chunk) + chunk - 1) // chunk",
         "nearest_piece(position, tiles, chunk) // chunk",
         "the merge takes a sequence for cut that ends with a short piece and the range",
-        SOME_PROGRAMS,
+        ("tests/test_schedule.py::test_batch_invariant_rows_keep_their_bits[rows3]",),
         blind=True,
     ),
     Mutant(
