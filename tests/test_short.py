@@ -124,6 +124,8 @@ def test_features(data: st.DataObject, kernels: Kernels, device: str) -> None:
         case = data.draw(cases())
     except ValueError:  # not a legal case
         hypothesis.reject()
+    if device == "cpu" and case.dtype == "bfloat16":  # the interpreter does not round it
+        hypothesis.reject()
     agrees(case, device)
     if device == "cpu" or case.dtype != "float32":  # GPUs have no tile of it for float32
         assert kernels() == ["short_kernel"]
