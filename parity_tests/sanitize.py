@@ -30,8 +30,8 @@ from parity_tests.sanitize_ledger import LEDGER, Accepted
 from parity_tests.shard import Shard, part
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Barriers of a block that are followed: by itself the tool counts those of nvcc's kernels, and with
-# too few (64) racecheck does not come to its end in one run of five.
+# Barriers of a block that are followed, more than any kernel has: by itself the tool counts those
+# of nvcc's kernels only.
 OPTIONS = {tool: ("--num-cuda-barriers", "2048") for tool in ("racecheck", "synccheck")}
 PREFIX = "========="
 CASE = "case: "  # what the program prints before each

@@ -1070,7 +1070,6 @@ HOPPER = (
         "sinks_ptr + gl.maximum(message[0], 0)",
         "a tile takes the sink of the next tile's head",
         ("tests/test_hopper.py::test_features[sinks]",),
-        blind=True,
     ),
     Mutant(
         "hopper-lo",
